@@ -1,0 +1,27 @@
+# make install   .venv with everything that training, chat and the tests need
+# make demo      train one linear layer of the shapes world on this machine and ask the result
+# make test      the tests
+# make shapes    rebuild the small models shipped with the package
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test shapes
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+demo: install
+	$(VENV)/bin/lavis demo
+
+test: install
+	$(VENV)/bin/python -m pytest -q
+
+shapes: install
+	$(VENV)/bin/lavis shapes build

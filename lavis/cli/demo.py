@@ -1,0 +1,67 @@
+"""`lavis demo`: a frozen LLM learns to see through one linear layer, on a CPU, in minutes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `lavis demo`."""
+    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="values that override shapes/align")
+    parser.add_argument("--questions", type=int, default=8, help="answered questions shown at the end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, evaluate, show, and print one JSON object as the last line."""
+    started = time.perf_counter()
+    from lavis.common.config import load_recipe
+    from lavis.common.logging import setup_logging
+    from lavis.common.registries import RUNNERS
+
+    setup_logging()
+    align, tower = load_recipe("shapes/align", args.options), load_recipe("shapes/evaluate_tower")
+    print("The vision tower with the LLM it was trained with:", flush=True)
+    with_own_llm = RUNNERS.get(tower.run.runner)(tower).run()["results"]["test/test/accuracy"]
+    print("\nThe same tower before an LLM it has never met; only the linear layer between them is trained:", flush=True)
+    summary = RUNNERS.get(align.run.runner)(align).run()
+    folder = Path(summary["run_folder"])
+    results = summary["results"]
+    _show_answers(folder / "answers_test_test.jsonl", args.questions)
+    _show_table(results, with_own_llm)
+    print(f"\nLook at {folder / 'report.html'} (answers before, during, after) and {folder / 'loss.png'}.")
+    figures = {
+        "held_out_accuracy": results["test/test/accuracy"],
+        "blind_accuracy": results["blind/test/accuracy"],
+        "accuracy_before": results["before/test/accuracy"],
+        "accuracy_with_own_llm": with_own_llm,
+        "trainable_parameters": summary["trainable_parameters"],
+        "total_parameters": summary["total_parameters"],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}))
+    return 0
+
+
+def _show_answers(file: Path, most: int) -> None:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    print("\nHeld-out pictures:")
+    for lang in ("en", "zh"):
+        of_lang = [r for r in rows if r["lang"] == lang]
+        for row in of_lang[:: max(1, len(of_lang) // max(1, most // 2))][: most // 2]:
+            mark = "right" if row["correct"] else f"wrong, {row['expected']}"
+            print(f"  {Path(row['images'][0]).name}  {row['question']}  ->  {row['answer']}  ({mark})")
+
+
+def _show_table(results: dict[str, Any], with_own_llm: float) -> None:
+    print(f"\n{'accuracy on held-out pictures':34}{'before':>9}{'after':>9}{'blind':>9}")
+    prefix = "test/test/accuracy"
+    for key in sorted(k for k in results if k.startswith(prefix)):
+        rest = key.removeprefix(prefix)
+        columns = [results[f"{label}/test/accuracy{rest}"] for label in ("before", "test", "blind")]
+        print(f"  {rest.lstrip('/') or 'all':32}" + "".join(f"{100 * v:8.1f}%" for v in columns))
+    print(f"  {'tower with its own LLM':32}{'':9}{100 * with_own_llm:8.1f}%")

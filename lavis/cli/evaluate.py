@@ -1,0 +1,25 @@
+"""`lavis evaluate`, also behind evaluate.py."""
+
+from __future__ import annotations
+
+import argparse
+
+from lavis.cli.train import add_recipe_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of evaluate.py."""
+    add_recipe_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate the recipe's test splits; the exit code of the run."""
+    from lavis.common.config import load_recipe
+    from lavis.common.logging import setup_logging
+
+    setup_logging()
+    recipe = load_recipe(args.cfg_path, [*args.options, "run.evaluate=true"])
+
+    from lavis.runners import train_recipe
+
+    return train_recipe(recipe)

@@ -1,0 +1,93 @@
+"""`lavis shapes`: the small world's frozen parts, rebuilt from nothing by the same train.py that trains everything else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+
+CHAIN: dict[str, tuple[str, ...]] = {
+    "tokenizer_a": (),
+    "tokenizer_b": (),
+    "llm_a": ("tokenizer_a",),
+    "stage1": ("tokenizer_a",),
+    "llm_b": ("tokenizer_b",),
+    "stage2": ("llm_a", "stage1"),
+}
+"""Recipe in lavis/projects/shapes to the recipes it stands on. `align` then needs stage2 and llm_b."""
+SHIPPED = ("llm_a", "llm_b", "tower")
+"""Folders under cache/shapes that are shipped with the package."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `lavis shapes`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="build|ship")
+    build = actions.add_parser("build", help="train tokenizers, LLMs and vision tower into cache/shapes, which then takes precedence")
+    build.add_argument("--jobs", type=int, default=2, help="recipes trained side by side, one thread each")
+    build.add_argument("--only", nargs="+", choices=list(CHAIN), help="these recipes alone")
+    actions.add_parser("ship", help="copy what was built into lavis/assets, as the parts shipped with the package")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build or ship; the exit code."""
+    return _ship() if args.action == "ship" else _build(args.jobs, args.only or list(CHAIN))
+
+
+def _build(jobs: int, names: list[str]) -> int:
+    from lavis.common.config import load_recipe
+    from lavis.common.logging import setup_logging
+    from lavis.datasets.assemble import make_builders
+
+    setup_logging()
+    for builder in make_builders(load_recipe("shapes/align")):  # the pictures are drawn before two recipes want them at once
+        builder.splits  # noqa: B018
+    logs = Path("output/shapes/logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    futures: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for name in names:  # CHAIN is in an order in which what is waited for was submitted before
+            futures[name] = pool.submit(_train, name, [futures[n] for n in CHAIN[name] if n in futures], logs)
+    for future in futures.values():
+        future.result()
+    return 0
+
+
+def _train(name: str, before: list[Future[None]], logs: Path) -> None:
+    from lavis.common.errors import TrainingError
+
+    for future in before:
+        future.result()
+    started = time.perf_counter()
+    log = logs / f"{name}.txt"
+    print(f"{name}: training, see {log}", flush=True)
+    with log.open("w") as out:
+        code = subprocess.call(
+            [sys.executable, "-m", "lavis", "train", "--cfg-path", f"shapes/{name}"],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        )
+    if code:
+        raise TrainingError(f"shapes/{name} ended with exit code {code}; the end of {log} says why.")
+    print(f"{name}: done in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def _ship() -> int:
+    from lavis.common.errors import CheckpointError
+    from lavis.common.paths import ASSETS_ROOT, cache_root
+
+    for name in SHIPPED:
+        source, target = cache_root() / "shapes" / name, ASSETS_ROOT / "shapes" / name
+        if not source.is_dir():
+            raise CheckpointError(f"{source} is missing: run `lavis shapes build` first.")
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+    size = sum(f.stat().st_size for f in (ASSETS_ROOT / "shapes").rglob("*") if f.is_file())
+    print(f"{ASSETS_ROOT / 'shapes'}: {size / 1e6:.1f} MB")
+    return 0

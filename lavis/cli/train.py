@@ -1,0 +1,35 @@
+"""`lavis train`, also behind train.py."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of train.py."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--use-deepspeed", action="store_true", help="short for --options run.runner=deepspeed_runner")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that reads a recipe and may be started by torchrun."""
+    recipe_help = "recipe file, or the name of a shipped one (see: lavis configs list)"
+    parser.add_argument("--cfg-path", required=True, metavar="RECIPE", help=recipe_help)
+    options_help = "values that override the recipe: run.seed=7"
+    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=options_help)
+    # some launchers pass the rank as a flag; the environment they set is what counts
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; the exit code of the run."""
+    from lavis.common.config import load_recipe
+    from lavis.common.logging import setup_logging
+
+    setup_logging()
+    options = [*args.options, *(["run.runner=deepspeed_runner"] if args.use_deepspeed else [])]
+    recipe = load_recipe(args.cfg_path, options)
+
+    from lavis.runners import train_recipe
+
+    return train_recipe(recipe)

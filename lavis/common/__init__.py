@@ -1,0 +1,1 @@
+"""What every room of the house shares: registry, configuration, errors, logging, process groups."""

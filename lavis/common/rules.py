@@ -1,0 +1,151 @@
+"""Combinations of recipe values that can't work. Each rule yields messages that name the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lavis.common.paths import resolve
+from lavis.common.schema import DatasetConfig
+from lavis.models.configs import Blip2QFormerStage1Config, CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from lavis.common.config import Recipe
+
+RANDOM_PROCESSORS = frozenset({"blip2_image_train"})
+"""Image processors that give another tensor each time (random crops)."""
+
+
+def missing_files(recipe: Recipe) -> list[tuple[str, Path]]:
+    """(dotted key, resolved path) of every weight, tokenizer and annotation file of `recipe` that is missing.
+
+    A dataset that generates itself needs no annotations. An LLM or tokenizer counts as a file only if its path is
+    absolute or under `ckpt/`; other names may be ones on the Hugging Face hub.
+    """
+    wanted = list(_model_files(recipe))
+    for name, dataset in recipe.datasets.items():
+        if not generates_itself(name):
+            wanted += _annotation_files(name, dataset)
+    resume = {f"run.{k}": getattr(recipe.run, k) for k in ("resume_ckpt_path", "resume_ckpt_load_dir")}
+    wanted += [(key, path) for key, path in resume.items() if path]
+    return [(key, resolve(path)) for key, path in wanted if not resolve(path).exists()]
+
+
+def generates_itself(dataset: str) -> bool:
+    """Whether the dataset of that name makes its own files (the shapes world)."""
+    return dataset.startswith("shapes_")
+
+
+def _model_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    model = recipe.model
+    if isinstance(model, VisionConfig):
+        keys = ["vit_pretrained", "pretrained"] if model.load_pretrained else []
+        keys += ["finetuned"] if model.load_finetuned else []
+        yield from ((f"model.{key}", path) for key in keys if (path := getattr(model, key)))
+    folders = {
+        MiniGPT4QwenConfig: ["llm_model"],
+        Blip2QFormerStage1Config: ["tokenizer"],
+        CausalLMConfig: ["llm_model", "tokenizer"],
+    }
+    for key in folders.get(type(model), []):
+        path = getattr(model, key)
+        if path and (path.startswith("ckpt/") or Path(path).is_absolute()):
+            yield f"model.{key}", path
+
+
+def _annotation_files(name: str, dataset: DatasetConfig) -> Iterator[tuple[str, str]]:
+    for split, source in dataset.build_info.annotations.items():
+        files = source.storage if isinstance(source.storage, list) else [source.storage]
+        yield from ((f"datasets.{name}.build_info.annotations.{split}.storage", f) for f in files if f)
+    if dataset.build_info.images.storage:
+        yield f"datasets.{name}.build_info.images.storage", dataset.build_info.images.storage
+
+
+def _vision_dimensions(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if not isinstance(model, VisionConfig):
+        return
+    vit = model.vit_dimensions()
+    patch, width, heads = vit["patch_size"], vit["embed_dim"], vit["num_heads"]
+    if model.image_size % patch:
+        yield f"model.image_size {model.image_size} is not a multiple of the patch size {patch} (model.vit.patch_size)."
+    if width % heads:
+        yield f"model.vit: width {width} (embed_dim) can't be split over {heads} heads (num_heads): choose a divisor."
+    q = model.qformer
+    if q.hidden_size % q.num_attention_heads:
+        heads = q.num_attention_heads
+        yield f"model.qformer: hidden_size {q.hidden_size} can't be split over {heads} heads (num_attention_heads)."
+    for name, dataset in recipe.datasets.items():
+        for kind in ("train", "eval") if dataset.data_type != "text" else ():
+            size = getattr(dataset.vis_processor, kind).image_size
+            if size != model.image_size:
+                key = f"datasets.{name}.vis_processor.{kind}.image_size"
+                yield f"{key} is {size} but model.image_size is {model.image_size}: set both to the same."
+
+
+def _something_to_train(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if not isinstance(model, MiniGPT4QwenConfig):
+        return
+    frozen = all((model.freeze_vit, model.freeze_qformer, model.freeze_queries, model.freeze_llm, model.freeze_proj))
+    if frozen and not (model.unfreeze_pos_embed or model.get_lora or recipe.run.evaluate):
+        yield "nothing would be trained, everything is frozen: set model.freeze_proj=false, or run.evaluate=true."
+    if model.get_lora and not model.lora_parts:
+        yield "model.get_lora needs a part to adapt: name llm, vit or qformer in model.lora_parts."
+    if model.get_lora and "llm" in model.lora_parts and not model.freeze_llm:
+        yield "model.get_lora adapts a frozen LLM, but model.freeze_llm is false: choose one of the two."
+
+
+def _feature_cache(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if not recipe.run.cache_features:
+        return
+    if not isinstance(model, MiniGPT4QwenConfig):
+        yield f"run.cache_features needs the arch minigpt4qwen, not {model.arch}: set it to false."
+        return
+    thawed = [k for k in ("freeze_vit", "freeze_qformer", "freeze_queries") if not getattr(model, k)]
+    thawed += ["unfreeze_pos_embed"] if model.unfreeze_pos_embed else []
+    adapted = [p for p in ("vit", "qformer") if model.get_lora and p in model.lora_parts]
+    if thawed or adapted:
+        trained = [f"model.{k}={str(getattr(model, k)).lower()}" for k in thawed] + [f"LoRA on {p}" for p in adapted]
+        yield f"run.cache_features needs a frozen image encoder; yours is trained ({', '.join(trained)}): set it to false."
+    for name, dataset in recipe.datasets.items():
+        processor = dataset.vis_processor.train.name
+        if dataset.data_type != "text" and processor in RANDOM_PROCESSORS:
+            key = f"datasets.{name}.vis_processor.train.name"
+            yield f"run.cache_features keeps one view, but {key} {processor} crops at random: use blip2_image_eval."
+
+
+def _sizes(recipe: Recipe) -> Iterator[str]:
+    run, model = recipe.run, recipe.model
+    chats = isinstance(model, (MiniGPT4QwenConfig, CausalLMConfig))
+    if chats and run.packing and run.pack_length < model.max_txt_len:
+        longest = f"the longest sample, model.max_txt_len {model.max_txt_len}"
+        yield f"run.pack_length {run.pack_length} is shorter than {longest}: raise the one or lower the other."
+    if run.autocast_on_cpu and run.autocast_dtype == "fp16" and run.device != "cuda":
+        yield "run.autocast_dtype fp16 does not work on the CPU: use bf16, or run.autocast_on_cpu=false."
+    if run.min_lr > run.init_lr:
+        yield f"run.min_lr {run.min_lr:g} is above run.init_lr {run.init_lr:g}: the rate would grow."
+
+
+def _dataset_names(recipe: Recipe) -> Iterator[str]:
+    run, datasets = recipe.run, recipe.datasets
+    unknown = sorted(set(run.train_dataset_ratios) - set(datasets))
+    if unknown:
+        yield f"run.train_dataset_ratios names {', '.join(unknown)}, not among the datasets: {', '.join(datasets)}."
+    if any(generates_itself(name) for name in datasets):
+        return
+    known = {split for d in datasets.values() for split in d.build_info.annotations}
+    used: dict[str, Any] = {"test_splits": run.test_splits}
+    if not run.evaluate:
+        used |= {"train_splits": run.train_splits, "valid_splits": run.valid_splits}
+        if not run.train_splits:
+            yield "run.train_splits is empty: name a split to train on, or set run.evaluate=true."
+    for key, splits in used.items():
+        for split in sorted(set(splits) - known):
+            names = ", ".join(sorted(known)) or "none"
+            yield f"run.{key}: no dataset has annotations for the split {split!r} (known: {names})."
+
+
+RULES = (_vision_dimensions, _something_to_train, _feature_cache, _sizes, _dataset_names)

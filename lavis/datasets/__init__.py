@@ -1,0 +1,1 @@
+"""Annotation rows to packed batches: formats, template, preparation, sampling, collation."""

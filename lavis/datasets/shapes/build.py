@@ -1,0 +1,195 @@
+"""Writes the shapes world to disk: pictures, image-text annotations and the text corpus of its small chat LLMs."""
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lavis.datasets.shapes.language import CAPTION_REQUESTS, KINDS, LANGS, ask, caption, describe, interview
+from lavis.datasets.shapes.scene import HELD_OUT, Combos, Scene, render, sample_scene
+
+Row = dict[str, Any]
+FORMAT = 1
+"""Raised when the same spec would write different files."""
+
+IMAGE_TAG = "<Img><ImageHere></Img> "
+_SPEC_FILE = "spec.json"
+
+
+@dataclass(frozen=True)
+class ShapesSpec:
+    """What to generate; two equal specs give byte-equal annotations.
+
+    Attributes:
+        train, val, test: pictures in each split; val and test get two questions for each picture.
+        text_train, text_val: dialogues and single questions of the text corpus.
+        size: side of a picture in pixels.
+        max_items: most objects in a scene, 1 to 4.
+        turns: most turns of a training dialogue about one picture.
+        text_turns: most turns of a text dialogue about one description.
+        seed: of everything.
+    """
+
+    train: int = 10_000
+    val: int = 250
+    test: int = 500
+    text_train: int = 60_000
+    text_val: int = 500
+    size: int = 64
+    max_items: int = 3
+    turns: int = 6
+    text_turns: int = 6
+    seed: int = 42
+
+
+def ensure_shapes(root: Path, spec: ShapesSpec = ShapesSpec()) -> Path:
+    """Make sure that `root` holds the world of `spec`, and return it.
+
+    Nothing is done when it does already. Otherwise all is written to a folder beside it and renamed at the end, so
+    `root` is whole or absent; a `root` of another spec is replaced.
+
+    Raises:
+        FileExistsError: `root` exists, is not empty and was not written by this function.
+    """
+    root = Path(root)
+    wanted = {"format": FORMAT, **asdict(spec)}
+    spec_file = root / _SPEC_FILE
+    if spec_file.is_file() and json.loads(spec_file.read_text(encoding="utf-8")) == wanted:
+        return root
+    if root.exists() and not spec_file.is_file() and any(root.iterdir()):
+        raise FileExistsError(f"{root} is not empty and holds no {_SPEC_FILE}: choose another folder or empty it")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        _write_world(work, spec)
+        _write_json(work / _SPEC_FILE, wanted)
+        work.chmod(0o755)  # mkdtemp makes it private
+        _move_into_place(work, root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return root
+
+
+def _move_into_place(work: Path, root: Path) -> None:
+    """Rename `work` to `root`, setting an older world aside first: a folder cannot be renamed onto a full one."""
+    if root.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{root.name}-old-", dir=root.parent))
+        os.replace(root, old / "world")
+        os.replace(work, root)
+        shutil.rmtree(old)
+    else:
+        os.replace(work, root)
+
+
+def _write_world(folder: Path, spec: ShapesSpec) -> None:
+    (folder / "images").mkdir()
+    train, captions = [], []
+    for index, (name, scene) in enumerate(_pictures(folder, spec, "train", spec.train, "seen")):
+        rng = random.Random(f"{spec.seed}/train/words/{index}")
+        train.extend(_train_rows(name, scene, spec, rng))
+        captions.extend(
+            {"id": f"{name[:-4]}-{lang}", "image": name, "instruction": "", "output": caption(scene, lang), "lang": lang}
+            for lang in LANGS
+        )
+    _write_json(folder / "train.json", train)
+    _write_json(folder / "captions.json", captions)
+    for split, count, combos in (("val", spec.val, "seen"), ("test", spec.test, "held_out")):
+        pictures = _pictures(folder, spec, split, count, combos)
+        _write_json(folder / f"{split}.json", _question_rows(pictures, spec, split))
+    _write_json(folder / "text_train.json", [_text_dialogue(spec, index) for index in range(spec.text_train)])
+    _write_json(folder / "text_val.json", [_text_question(spec, index) for index in range(spec.text_val)])
+
+
+def _pictures(
+    folder: Path, spec: ShapesSpec, split: str, count: int, combos: Combos
+) -> Iterator[tuple[str, Scene]]:
+    """Draw, save and yield the pictures of a split with their file names."""
+    for index in range(count):
+        scene = sample_scene(f"{spec.seed}/{split}/{index}", combos=combos, max_items=spec.max_items)
+        name = f"{split}_{index:06d}.png"
+        render(scene, spec.size).save(folder / "images" / name, compress_level=1)
+        yield name, scene
+
+
+def _train_rows(name: str, scene: Scene, spec: ShapesSpec, rng: random.Random) -> list[Row]:
+    """A caption, a single question and a dialogue about one picture, each in a language drawn for it."""
+    lang, stem = rng.choice(LANGS), name[:-4]
+    request = IMAGE_TAG + rng.choice(CAPTION_REQUESTS[lang])
+    rows = [_row(f"{stem}-0", "caption", lang, request, caption(scene, lang), image=name)]
+    question = ask(scene, rng.choice(KINDS), lang := rng.choice(LANGS), rng, split="train")
+    rows.append(_row(f"{stem}-1", question.kind, lang, IMAGE_TAG + question.text, question.answer, image=name))
+    lang = rng.choice(LANGS)
+    turns = interview(scene, lang, rng, spec.turns, split="train")
+    asked = [IMAGE_TAG + turns[0].text, *(turn.text for turn in turns[1:])]
+    rows.append(_row(f"{stem}-2", "dialogue", lang, asked, [turn.answer for turn in turns], image=name))
+    return rows
+
+
+def _question_rows(pictures: Iterator[tuple[str, Scene]], spec: ShapesSpec, split: str) -> list[Row]:
+    """Two single questions for each picture; kinds and languages come round evenly."""
+    rows = []
+    for index, (name, scene) in enumerate(pictures):
+        rng = random.Random(f"{spec.seed}/{split}/words/{index}")
+        special = [item for item in scene.items if split == "test" and item.combo in HELD_OUT] or list(scene.items)
+        for turn, lang in enumerate(LANGS):
+            kind = KINDS[(2 * index + turn) % len(KINDS)]
+            item = rng.choice(special)
+            question = ask(scene, kind, lang, rng, split=split, item=item, present=index % 2 == 0)
+            rows.append(_row(f"{name[:-4]}-{turn}", kind, lang, IMAGE_TAG + question.text, question.answer, image=name))
+    return rows
+
+
+def _text_dialogue(spec: ShapesSpec, index: int) -> Row:
+    """A dialogue about a scene given in words, in either language; one in 25 hides the scene (a guess from nothing)."""
+    rng, scene = _text_scene(spec, "text_train", index)
+    lang = rng.choice(LANGS)
+    turns = [(turn.text, turn.answer) for turn in interview(scene, lang, rng, spec.text_turns, split="any")]
+    if rng.random() < 0.3:
+        turns.append((rng.choice(CAPTION_REQUESTS[lang]), caption(scene, lang)))
+    asked, answered = [turn[0] for turn in turns], [turn[1] for turn in turns]
+    if rng.random() < 0.04:
+        asked, answered = asked[:1], answered[:1]
+    else:
+        asked[0] = _with_description(describe(scene, _mostly(lang, rng), rng), asked[0], rng)
+    return _row(f"text_train_{index:06d}", "dialogue", lang, asked, answered)
+
+
+def _text_question(spec: ShapesSpec, index: int) -> Row:
+    """A single question about a scene given in words; kinds and languages come round evenly."""
+    rng, scene = _text_scene(spec, "text_val", index)
+    kind, lang = KINDS[index % len(KINDS)], LANGS[index // len(KINDS) % len(LANGS)]
+    question = ask(scene, kind, lang, rng, split="any", present=index // 10 % 2 == 0)
+    asked = _with_description(describe(scene, _mostly(lang, rng), rng), question.text, rng)
+    return _row(f"text_val_{index:06d}", kind, lang, asked, question.answer)
+
+
+def _mostly(lang: str, rng: random.Random) -> str:
+    """The given language, or three times in ten one drawn anew: a scene is understood whatever language tells it."""
+    return rng.choice(LANGS) if rng.random() < 0.3 else lang
+
+
+def _text_scene(spec: ShapesSpec, split: str, index: int) -> tuple[random.Random, Scene]:
+    rng = random.Random(f"{spec.seed}/{split}/words/{index}")
+    return rng, sample_scene(f"{spec.seed}/{split}/{index}", combos="any", max_items=spec.max_items)
+
+
+def _with_description(description: str, question: str, rng: random.Random) -> str:
+    """A user turn that gives the scene in words; most of them in the tags that hold a picture later."""
+    wrapper = rng.choice(("<Img>{d}</Img> {q}", "<Img>{d}</Img> {q}", "{d}\n{q}"))
+    return wrapper.format(d=description, q=question)
+
+
+def _row(
+    ident: str, kind: str, lang: str, asked: str | list[str], answered: str | list[str], image: str | None = None
+) -> Row:
+    picture = {} if image is None else {"image": image}
+    return {"id": ident, "kind": kind, "lang": lang, **picture, "instruction": asked, "output": answered}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=None), encoding="utf-8")

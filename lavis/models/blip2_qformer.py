@@ -1,0 +1,134 @@
+"""BLIP-2's first stage: the Q-Former learns which image tokens matter by three losses against captions.
+
+Contrastive (ITC), matching with hard negatives (ITM) and image-grounded generation (ITG), after Li et al. 2023, section 3.
+Negatives come from the micro-batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
+
+from lavis.common.registries import MODELS
+from lavis.datasets.assemble import load_tokenizer
+from lavis.datasets.types import IGNORE_INDEX, Batch
+from lavis.models.configs import Blip2QFormerStage1Config
+from lavis.models.output import LossOutput
+from lavis.models.vision import Blip2Base
+from lavis.models.weights import load_tower
+
+
+@MODELS.register("blip2_qformer")
+class Blip2QFormer(Blip2Base):
+    """Vision tower, Q-Former with text branch, and the heads of the three losses.
+
+    Captions are [start] tokens [end], right-padded with `pad_token_id`; the start token serves as BERT's [CLS] and [DEC].
+    """
+
+    def __init__(self, config: Blip2QFormerStage1Config, vocab_size: int, pad_token_id: int) -> None:
+        super().__init__(config, text_vocab_size=vocab_size)
+        width = config.qformer.hidden_size
+        self.pad_token_id = pad_token_id
+        self.text_embeddings = Blip2TextEmbeddings(self.Qformer.config)
+        nn.init.normal_(self.text_embeddings.word_embeddings.weight, std=0.02)
+        nn.init.normal_(self.text_embeddings.position_embeddings.weight, std=0.02)
+        self.vision_proj = nn.Linear(width, config.embed_dim)
+        self.text_proj = nn.Linear(width, config.embed_dim)
+        self.itm_head = nn.Linear(width, 2)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Blip2QFormerStage1Config,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Blip2QFormer:
+        """The model, with the weights of `config.pretrained` if it names any."""
+        tokenizer = tokenizer or load_tokenizer(config)
+        model = cls(config, len(tokenizer), tokenizer.pad_token_id)
+        if config.load_pretrained and config.pretrained:
+            load_tower(model, config.pretrained, config.vit_pretrained)
+        return model
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """The three losses over the batch's images (one caption each); sums over images."""
+        assert batch.pixel_values is not None and len(batch.pixel_values) == len(batch.input_ids)
+        tokens = self.image_tokens(batch.pixel_values)
+        queries, itg = self._queries_and_generation(batch, tokens)
+        image_text = self._similarity(batch, queries)
+        itc = self._contrastive(image_text)
+        itm = self._matching(batch, tokens, image_text)
+        c, n = self.config, len(tokens)
+        loss = c.itc_weight * itc + c.itm_weight * itm + c.itg_weight * itg
+        parts = {"itc": itc, "itm": itm, "itg": itg}
+        return LossOutput(loss * n, n, {k: v.detach() * n for k, v in parts.items()})
+
+    def _queries_and_generation(self, batch: Batch, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query outputs [B, Q, D], and the mean generation loss per token; one pass serves both, since queries can't see the text."""
+        n_queries, (rows, length) = self.query_tokens.shape[1], batch.input_ids.shape
+        total = n_queries + length
+        mask = torch.zeros(total, total, dtype=torch.bool, device=tokens.device)
+        mask[:, :n_queries] = True  # everyone sees the queries
+        mask[n_queries:, n_queries:] = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        out = self._qformer(batch, tokens, mask.expand(rows, 1, total, total))
+        text = out[:, n_queries:-1]
+        logits = text @ self.text_embeddings.word_embeddings.weight.T
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+        return out[:, :n_queries], loss
+
+    def _qformer(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        queries = self.query_tokens.expand(len(tokens), -1, -1)
+        return self.Qformer(
+            query_embeds=self.text_embeddings(input_ids=batch.input_ids, query_embeds=queries),
+            query_length=queries.shape[1],
+            attention_mask=mask,
+            encoder_hidden_states=tokens,
+        ).last_hidden_state
+
+    def _similarity(self, batch: Batch, queries: torch.Tensor) -> torch.Tensor:
+        """Cosine similarity over temperature, image i (its best query) against text j: [B, B]."""
+        text = self.Qformer(
+            query_embeds=self.text_embeddings(input_ids=batch.input_ids),
+            query_length=0,
+            attention_mask=(batch.input_ids != self.pad_token_id).long(),
+        ).last_hidden_state[:, 0]
+        image_feats = F.normalize(self.vision_proj(queries), dim=-1)
+        text_feats = F.normalize(self.text_proj(text), dim=-1)
+        return torch.einsum("iqd,jd->ijq", image_feats, text_feats).amax(-1) / self.temp
+
+    @staticmethod
+    def _contrastive(similarity: torch.Tensor) -> torch.Tensor:
+        targets = torch.arange(len(similarity), device=similarity.device)
+        both = F.cross_entropy(similarity, targets, label_smoothing=0.1) + F.cross_entropy(
+            similarity.T, targets, label_smoothing=0.1
+        )
+        return both / 2
+
+    def _matching(self, batch: Batch, tokens: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+        """Mean loss of telling (image, its text) from (image, similar text) and (similar image, text)."""
+        rows = len(tokens)
+        if rows == 1:  # no negatives to be had
+            return similarity.sum() * 0.0
+        with torch.no_grad():
+            weights = similarity.float().clone().fill_diagonal_(-torch.inf)
+            hard_text = torch.multinomial(F.softmax(weights, 1), 1).squeeze(1)
+            hard_image = torch.multinomial(F.softmax(weights.T, 1), 1).squeeze(1)
+        ids = torch.cat([batch.input_ids, batch.input_ids[hard_text], batch.input_ids])
+        images = torch.cat([tokens, tokens, tokens[hard_image]])
+        n_queries = self.query_tokens.shape[1]
+        keep = torch.cat([ids.new_ones(len(ids), n_queries), (ids != self.pad_token_id).long()], dim=1)
+        queries = self.query_tokens.expand(len(ids), -1, -1)
+        out = self.Qformer(
+            query_embeds=self.text_embeddings(input_ids=ids, query_embeds=queries),
+            query_length=n_queries,
+            attention_mask=keep,
+            encoder_hidden_states=images,
+        ).last_hidden_state[:, :n_queries]
+        logits = self.itm_head(out).mean(1)
+        targets = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        targets[:rows] = 1
+        return F.cross_entropy(logits, targets)

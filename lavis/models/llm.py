@@ -1,0 +1,135 @@
+"""Causal LMs of transformers: making, loading, and the loss at supervised positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lavis.common.errors import CheckpointError, ConfigError
+from lavis.common.paths import resolve
+from lavis.datasets.types import IGNORE_INDEX
+
+LOGITS_CHUNK_BYTES = 64 << 20
+"""Above this many bytes of fp32 logits the loss is computed in chunks whose logits are recomputed in backward."""
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def frozen_dtype(device: torch.device | str) -> torch.dtype:
+    """Type of a frozen LLM's weights: bf16 on a GPU that has it, fp16 on one that does not, fp32 on the CPU."""
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_llm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal LM in the folder `name` (relative paths: see lavis.common.paths.resolve) or of that name on the hub, in `dtype`.
+
+    Raises CheckpointError when there is none.
+    """
+    folder = resolve(name)
+    source: str | Path = folder if folder.exists() else name
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no language model could be loaded from {name!r} (looked in {folder}): {error}\n"
+            "Put the model's folder there, or set model.llm_model to its path or hub name."
+        ) from error
+
+
+def new_llm(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, int]) -> PreTrainedModel:
+    """A randomly initialised causal LM from a transformers configuration given as a dict with `model_type`.
+
+    `special_ids` holds pad_token_id, eos_token_id, ... Raises ConfigError when transformers refuses the configuration.
+    """
+    values = dict(llm_config)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("model.llm_config has no `model_type`: name the architecture, for example qwen2 or llama.")
+    try:
+        config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **special_ids, **values)
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.llm_config is not a configuration transformers accepts: {error}") from error
+
+
+def supervised_loss(
+    llm: PreTrainedModel, inputs_embeds: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """Sum of the next-token cross-entropy over supervised positions, fp32 scalar.
+
+    inputs_embeds: [B, L, D]; labels: int64 [B, L], not shifted; position_ids: int64 [B, L], restarting with each packed sample
+    (transformers makes attention block-diagonal from that, as long as no attention mask and no cache is passed).
+    Logits exist at supervised positions only.
+    """
+    hidden = llm.base_model(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False).last_hidden_state
+    supervised = labels[:, 1:] != IGNORE_INDEX
+    return cross_entropy_sum(llm, hidden[:, :-1][supervised], labels[:, 1:][supervised])
+
+
+def cross_entropy_sum(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of the LM head at `hidden` [n, D] against `targets` int64 [n]; never more than a chunk of logits."""
+    vocab_size = llm.get_output_embeddings().weight.shape[0]
+    rows = max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size))
+    if len(targets) <= rows:
+        return _head_loss(llm, hidden, targets)
+    pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.stack([checkpoint(_head_loss, llm, h, t, use_reentrant=False) for h, t in pieces]).sum()
+
+
+def _head_loss(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = llm.get_output_embeddings()(hidden).float()
+    softcap = getattr(llm.config, "final_logit_softcapping", None)  # Gemma's configurations alone have it
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+@torch.inference_mode()
+def generate(
+    llm: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    lengths: Sequence[int],
+    stop_token_ids: Sequence[int],
+    pad_token_id: int,
+    **settings: Any,
+) -> list[list[int]]:
+    """Continue right-padded prompts.
+
+    inputs_embeds: [B, L, D]; lengths: true length of each row. `settings` go to transformers' generate (max_new_tokens,
+    do_sample, ...). Returns the new ids of each row, without the stop token.
+    """
+    rows = [row[:n] for row, n in zip(inputs_embeds, lengths, strict=True)]
+    longest = max(lengths)
+    embeds = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+    places = torch.arange(longest, device=embeds.device)
+    mask = torch.stack([places >= longest - n for n in lengths]).long()
+    ids = llm.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        eos_token_id=list(stop_token_ids),
+        pad_token_id=pad_token_id,
+        **settings,
+    )
+    return [list(takewhile(lambda t: t not in stop_token_ids, row)) for row in ids.tolist()]
+
+
+def add_lora(module: nn.Module, *, r: int, alpha: float, dropout: float) -> None:
+    """Put trainable LoRA adapters (peft) on every Linear of `module` except the output head; all else is frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    targets = [name for name, m in module.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    inject_adapter_in_model(
+        LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"), module
+    )

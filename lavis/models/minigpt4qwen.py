@@ -1,0 +1,97 @@
+"""MiniGPT4Qwen: a vision tower, one linear layer, a chat LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lavis.common.registries import MODELS
+from lavis.datasets.assemble import load_tokenizer
+from lavis.datasets.template import image_token_id
+from lavis.datasets.types import Batch
+from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.llm import DTYPES, add_lora, frozen_dtype, generate, load_llm, supervised_loss
+from lavis.models.output import LossOutput
+from lavis.models.vision import Blip2Base
+from lavis.models.weights import load_finetuned, load_tower
+
+
+@MODELS.register("minigpt4qwen")
+class MiniGPT4Qwen(Blip2Base):
+    """Images become `num_query_token` vectors in the LLM's embedding space, at the places of the image placeholders.
+
+    Each part is frozen, trained in full, or trained through LoRA adapters, as the configuration says.
+    `image_token_id` is the id of the placeholder in input_ids.
+    """
+
+    def __init__(self, config: MiniGPT4QwenConfig, llm: PreTrainedModel, image_token_id: int) -> None:
+        super().__init__(config)
+        self.image_token_id = image_token_id
+        self.llm_model = llm
+        width = llm.get_input_embeddings().weight.shape[1]
+        self.llm_proj = nn.Linear(config.qformer.hidden_size, width)
+        self.llm_trained = not config.freeze_llm
+        llm.requires_grad_(self.llm_trained)
+        self.llm_proj.requires_grad_(not config.freeze_proj)
+        if config.llm_grad_checkpoint:
+            llm.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.get_lora:
+            self._add_adapters(config)
+
+    @classmethod
+    def from_config(
+        cls, config: MiniGPT4QwenConfig, tokenizer: PreTrainedTokenizerBase | None = None, device: torch.device | str = "cpu"
+    ) -> MiniGPT4Qwen:
+        """The model with the weights its configuration names, in the precision that suits `device` (it stays on the CPU).
+
+        Raises CheckpointError for a missing or wrong weight file.
+        """
+        tokenizer = tokenizer or load_tokenizer(config)
+        llm = load_llm(config.llm_model, frozen_dtype(device) if config.freeze_llm else torch.float32)
+        model = cls(config, llm, image_token_id(tokenizer))
+        if config.load_pretrained and config.pretrained:
+            load_tower(model, config.pretrained, config.vit_pretrained)
+        if config.load_finetuned and config.finetuned:
+            load_finetuned(model, config.finetuned)
+        if torch.device(device).type == "cuda" and model.tower_frozen:
+            model.cast_frozen_vit(DTYPES[config.vit_precision])
+        return model
+
+    def _add_adapters(self, config: MiniGPT4QwenConfig) -> None:
+        parts: dict[str, nn.Module] = {"llm": self.llm_model, "vit": self.visual_encoder, "qformer": self.Qformer}
+        for part in config.lora_parts:
+            add_lora(parts[part], r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
+        self.llm_trained |= "llm" in config.lora_parts
+        self.vit_trained |= "vit" in config.lora_parts
+        self.qformer_trained |= "qformer" in config.lora_parts
+
+    def train(self, mode: bool = True) -> MiniGPT4Qwen:
+        """As Blip2Base.train; a frozen LLM stays in eval mode unless its activations are recomputed (which needs train mode)."""
+        super().train(mode)
+        self.llm_model.train(mode and (self.llm_trained or self.config.llm_grad_checkpoint))
+        return self
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Input embeddings [B, L, D_llm]: the LLM's own, with each placeholder replaced by a projected query vector."""
+        embeds = self.llm_model.get_input_embeddings()(batch.input_ids)
+        if batch.pixel_values is None and batch.features is None:
+            return embeds
+        queries = self.encode_images(batch.pixel_values) if batch.features is None else batch.features
+        vectors = self.llm_proj(queries).to(embeds.dtype)
+        places = (batch.input_ids == self.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(places, vectors)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Loss over the batch's supervised tokens."""
+        loss_sum = supervised_loss(self.llm_model, self.embed(batch), batch.labels, batch.position_ids)
+        return LossOutput(loss_sum, batch.num_tokens)
+
+    def generate(self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any) -> list[list[int]]:
+        """Continue the prompts of `batch`; see lavis.models.llm.generate."""
+        with torch.inference_mode():
+            embeds = self.embed(batch)
+        return generate(self.llm_model, embeds, batch.lengths, stop_token_ids, pad_token_id, **settings)

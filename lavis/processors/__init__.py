@@ -1,0 +1,1 @@
+"""Images to tensors, and the small normalisations of text."""

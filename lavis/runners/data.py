@@ -1,0 +1,106 @@
+"""The data of a run: prepared tables of its splits, the step plan, the loader, and where images come from."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lavis.common.config import Recipe
+from lavis.common.dist import World
+from lavis.common.errors import TrainingError
+from lavis.common.registries import PROCESSORS
+from lavis.common.schema import ProcessorConfig
+from lavis.datasets.assemble import prepare_split
+from lavis.datasets.loader import ImageFolder, ImageSource, TrainLoader
+from lavis.datasets.prepare import PreparedTable
+from lavis.datasets.sampler import StepPlan
+from lavis.runners.feature_cache import cache_features
+from lavis.tasks.base import Task
+
+log = logging.getLogger(__name__)
+_IMAGES_BEFORE_STOPPING = 100
+"""The share of bad images is judged once this many were read."""
+
+
+class RunData:
+    """Tables of all splits a run uses; `loader` yields the training steps."""
+
+    def __init__(self, recipe: Recipe, task: Task, world: World) -> None:
+        self.recipe, self.task, self.world = recipe, task, world
+        run = recipe.run
+        self.splits: dict[str, list[PreparedTable]] = {
+            split: prepare_split(recipe, split, task.tokenizer)
+            for split in dict.fromkeys([*([] if run.evaluate else run.train_splits), *run.valid_splits, *run.test_splits])
+        }
+        first = next(iter(recipe.datasets.values()))
+        self.train_images: ImageSource = ImageFolder(_processor(first.vis_processor.train))
+        self.eval_images: ImageSource = ImageFolder(_processor(first.vis_processor.eval))
+        self._images, self._bad = 0.0, 0.0
+        if not run.evaluate:
+            self.train_tables = [t for split in run.train_splits for t in self.splits[split]]
+            self.plan = self._step_plan()
+            self._open_loader()
+
+    @property
+    def num_train_samples(self) -> int:
+        """Samples of all training tables."""
+        return sum(len(t) for t in self.train_tables)
+
+    def _step_plan(self) -> StepPlan:
+        run = self.recipe.run
+        return StepPlan(
+            np.concatenate([t.lengths for t in self.train_tables]),
+            batch_size=run.batch_size_train,
+            accum=run.accum_grad_iters,
+            world_size=self.world.size,
+            seed=run.seed,
+            length_grouping=run.length_grouping,
+            pack_length=run.pack_length if run.packing else None,
+            dataset_sizes=[len(t) for t in self.train_tables],
+            ratios=self._ratios(),
+        )
+
+    def _ratios(self) -> list[float] | None:
+        ratios, names = self.recipe.run.train_dataset_ratios, list(self.recipe.datasets)
+        if not ratios:
+            return None
+        per_split = [ratios.get(name, 0.0) for name in names]
+        return per_split * len(self.recipe.run.train_splits)
+
+    def _open_loader(self) -> None:
+        run = self.recipe.run
+        self.loader = TrainLoader(
+            self.train_tables,
+            self.plan,
+            self.train_images,
+            self.task.template.pad_token_id,
+            rank=self.world.rank,
+            num_workers=run.num_workers,
+            seed=run.seed,
+        )
+
+    def cache_features(self, model: nn.Module) -> None:
+        """Replace image files by cached query vectors of `model`'s frozen tower, for training and evaluation."""
+        paths = [p for tables in self.splits.values() for t in tables for p in t.image_paths()]
+        processor = repr(next(iter(self.recipe.datasets.values())).vis_processor.eval)
+        self.train_images = self.eval_images = cache_features(model, paths, self.eval_images, processor, self.world)
+        if not self.recipe.run.evaluate:
+            self._open_loader()
+
+    def count_images(self, step: int, images: float, bad: float) -> None:
+        """Stop when too many images could not be read. Raises TrainingError naming the share."""
+        self._images += images
+        self._bad += bad
+        limit = self.recipe.run.max_bad_image_share
+        if self._images >= _IMAGES_BEFORE_STOPPING and self._bad > limit * self._images:
+            raise TrainingError(
+                f"step {step}: {self._bad:.0f} of {self._images:.0f} images could not be read, more than run.max_bad_image_share={limit}. "
+                "`lavis data check` lists them."
+            )
+
+
+def _processor(config: ProcessorConfig) -> Any:
+    return PROCESSORS.get(config.name).from_config(config)

@@ -1,0 +1,277 @@
+"""The training loop: one for every task and every strategy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavis.common.config import Recipe
+from lavis.common.dist import World, world
+from lavis.common.errors import CheckpointError, TrainingError
+from lavis.common.logging import setup_logging
+from lavis.common.paths import cache_root
+from lavis.common.registries import RUNNERS, TASKS
+from lavis.datasets.types import Batch
+from lavis.models.llm import DTYPES
+from lavis.runners.checkpoint import TrainState, identity, prune, save_checkpoint
+from lavis.runners.data import RunData
+from lavis.runners.evaluator import Evaluator
+from lavis.runners.metrics import MetricsLog, peak_memory_bytes
+from lavis.runners.optim import trainable_parameters
+from lavis.runners.report import plot_loss
+from lavis.runners.run_folder import SUMMARY, RunFolder, frozen_differences, open_run_folder
+from lavis.runners.schedules import horizon, learning_rate
+from lavis.runners.strategy import DataParallelStrategy, StepResult
+from lavis.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+
+@RUNNERS.register("runner_base")
+class RunnerBase:
+    """Trains or evaluates what a recipe says, in one process or data-parallel under torchrun."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.run_config = recipe.run
+
+    def run(self) -> dict[str, Any]:
+        """Do it all; returns the summary that is also written to summary.json. Raises LavisError for what a user can mend."""
+        with world(self.run_config.device) as w:
+            self.world: World = w
+            opened: RunFolder = w.broadcast(open_run_folder(self.recipe) if w.is_main else None)
+            self.folder, self.checkpoint = opened.path, opened.checkpoint
+            if w.is_main:
+                setup_logging(file=self.folder / "log.txt")
+                (self.folder / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+            self._build()
+            try:
+                summary = self._evaluate_only() if self.run_config.evaluate else self._train()
+            finally:
+                if self.metrics:
+                    self.metrics.close()
+            return summary
+
+    def _build(self) -> None:
+        started = time.perf_counter()
+        torch.manual_seed(self.run_config.seed)
+        self.task: Task = TASKS.get(self.run_config.task)(self.recipe)
+        with self.world.local_main_first():  # tables are made once and left on disk
+            self.data = RunData(self.recipe, self.task, self.world)
+        self.model: nn.Module = self.task.build_model(self.world.device)
+        self.model.train()
+        if self.run_config.cache_features:
+            self.data.cache_features(self.model)
+        self.frozen = {key: identity(path) for key, path in self.task.frozen_files().items()}
+        self.evaluator = Evaluator(self.recipe, self.task, self.data, self.model, self.world, self.folder)
+        self.metrics: MetricsLog | None = None
+        log.info("run folder %s; ready after %.1f s", self.folder, time.perf_counter() - started)
+
+    # -- evaluation alone
+
+    def _evaluate_only(self) -> dict[str, Any]:
+        if self.checkpoint:
+            self._load_trained(self.checkpoint.tensors())
+        results = self.evaluator.test("test")
+        if self.run_config.evaluate_blind:
+            results |= self.evaluator.test("blind", blind=True)
+        return self._finish({"results": results})
+
+    # -- training
+
+    def _train(self) -> dict[str, Any]:
+        plan = self.data.plan
+        self.span = horizon(self.run_config, plan.steps_per_epoch)
+        self.strategy = DataParallelStrategy(self.model, self.task, self.run_config, self.world)
+        results: dict[str, float] = {}
+        self.best_loss: float | None = None
+        step = self._resume() if self.checkpoint else 0
+        if self.world.is_main:
+            self.metrics = MetricsLog(self.folder, self.run_config.trackers, step, self.span.total_steps)
+        self._describe()
+        if step == 0:
+            if self.run_config.evaluate_before:
+                results |= self.evaluator.test("before")
+                self._write_metrics("test", 0, results)
+            self.evaluator.sample_prompts(0)
+        started = time.perf_counter()
+        self._loop(step)
+        train_seconds = time.perf_counter() - started
+        self.evaluator.sample_prompts(self.span.total_steps)
+        results |= self.evaluator.test("test")
+        if self.run_config.evaluate_blind:
+            results |= self.evaluator.test("blind", blind=True)
+        self._write_metrics("test", self.span.total_steps, results)
+        return self._finish({"results": results, "steps": self.span.total_steps, "train_seconds": round(train_seconds, 2)})
+
+    def _loop(self, step: int) -> None:
+        per_epoch, total = self.span.steps_per_epoch, self.span.total_steps
+        while step < total:
+            epoch, start = divmod(step, per_epoch)
+            waited = time.perf_counter()
+            for batches in self.data.loader.steps(epoch, start):
+                data_seconds = time.perf_counter() - waited
+                torch.manual_seed(_step_seed(self.run_config.seed, step, self.world.rank))
+                began = time.perf_counter()
+                rate = learning_rate(self.run_config, self.span, step)
+                result = self.strategy.step(batches, rate, step + 1)
+                step += 1
+                self._log_step(step, rate, result, batches, data_seconds, time.perf_counter() - began)
+                self._at_step_end(step)
+                if step == total:
+                    break
+                waited = time.perf_counter()
+
+    def _at_step_end(self, step: int) -> None:
+        run, last = self.run_config, step == self.span.total_steps
+        per_epoch = self.span.steps_per_epoch
+        valid_loss = None
+        if run.valid_splits and (last or step % (run.eval_freq or per_epoch) == 0):
+            values = self.evaluator.validate()
+            valid_loss = values["loss"]
+            self._write_metrics("valid", step, values)
+            log.info("step %d  validation loss %.4f", step, valid_loss)
+            if not last:
+                self.evaluator.sample_prompts(step)
+        if last or step % (run.save_freq or per_epoch) == 0 or _is_better(valid_loss, self.best_loss):
+            self._save(step, valid_loss)
+        if _is_better(valid_loss, self.best_loss):
+            self.best_loss = valid_loss
+
+    def _log_step(
+        self, step: int, rate: float, result: StepResult, batches: list[Batch], data_seconds: float, seconds: float
+    ) -> None:
+        samples, supervised, positions, pad, bad = self.world.sum(
+            sum(b.num_samples for b in batches),
+            sum(b.num_tokens for b in batches),
+            sum(b.input_ids.numel() for b in batches),
+            sum(b.num_pad for b in batches),
+            sum(b.bad_images for b in batches),
+        )
+        self.data.count_images(step, sum(_images_in(b) for b in batches), bad)
+        if not self.metrics or (step % self.run_config.log_freq and step != self.span.total_steps):
+            return
+        wall = data_seconds + seconds
+        values = {
+            "epoch": (step - 1) // self.span.steps_per_epoch,
+            "loss": result.loss,
+            **result.parts,
+            "lr": rate,
+            "grad_norm": result.grad_norm,
+            "samples_per_s": samples / wall,
+            "tokens_per_s": (positions - pad) / wall,
+            "supervised_tokens_per_s": supervised / wall,
+            "padding": pad / positions,
+            "step_seconds": wall,
+            "data_seconds": data_seconds,
+            "comm_seconds": result.comm_seconds,
+            "compute_seconds": seconds - result.comm_seconds,
+            "peak_memory_gib": peak_memory_bytes(self.world.device) / 2**30,
+        }
+        self.metrics.train_line(step, values)
+
+    def _write_metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self.metrics and values:
+            self.metrics.write(kind, step, values)
+
+    # -- checkpoints
+
+    def _save(self, step: int, valid_loss: float | None) -> None:
+        if self.world.is_main:
+            folder = self.folder / "checkpoints"
+            state = TrainState(step, self._global_batch(), self.strategy.scaler.state_dict(), self.frozen, valid_loss)
+            tensors = {name: p for name, p in trainable_parameters(self.model).items()}
+            save_checkpoint(folder, state, tensors, self.strategy.state_tensors(), self.recipe.to_yaml())
+            prune(folder, self.run_config.keep_checkpoints)
+        self.world.barrier()
+
+    def _resume(self) -> int:
+        assert self.checkpoint
+        state = self.checkpoint.state()
+        if changed := frozen_differences(state.frozen, self.frozen):
+            raise CheckpointError(
+                f"{self.checkpoint.path} was trained with other frozen weights than those there now: model.{', model.'.join(changed)}."
+            )
+        if state.global_batch != self._global_batch():
+            raise CheckpointError(
+                f"{self.checkpoint.path} was trained with {state.global_batch} rows per step, now it would be {self._global_batch()} "
+                "(batch_size_train x accum_grad_iters x ranks): keep the product to go on exactly."
+            )
+        self._load_trained(self.checkpoint.tensors())
+        self.strategy.load_state_tensors(self.checkpoint.optimizer_tensors())
+        if state.loss_scale:
+            self.strategy.scaler.load_state_dict(state.loss_scale)
+        self.best_loss = self.evaluator.best_loss_so_far()
+        log.info("resumed from %s at step %d", self.checkpoint.path, state.step)
+        return state.step
+
+    def _load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
+        own = dict(self.model.named_parameters())
+        trained = set(trainable_parameters(self.model)) if not self.run_config.evaluate else set(tensors)
+        if wrong := sorted((trained ^ set(tensors)) | (set(tensors) - own.keys())):
+            raise CheckpointError(f"{self.folder}: the checkpoint and the model differ in what is trained: {', '.join(wrong[:8])}.")
+        with torch.no_grad():
+            for name, value in tensors.items():
+                own[name].copy_(value)
+
+    def _global_batch(self) -> int:
+        return self.run_config.batch_size_train * self.run_config.accum_grad_iters * self.world.size
+
+    # -- beginning and end
+
+    def _describe(self) -> None:
+        trainable = trainable_parameters(self.model)
+        count, total = parameter_counts(self.model)
+        names = list(trainable)
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        log.info("training %s of %s parameters: %s", f"{count:,}", f"{total:,}", shown)
+        log.info(
+            "%d samples, %d steps per epoch, %d steps in all, %d rows per step on %d rank(s) on %s",
+            self.data.num_train_samples, self.span.steps_per_epoch, self.span.total_steps, self._global_batch(),
+            self.world.size, self.world.device,
+        )  # fmt: skip
+
+    def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        count, total = parameter_counts(self.model)
+        summary |= {"trainable_parameters": count, "total_parameters": total, "run_folder": str(self.folder)}
+        written = [self.folder / "config.yaml", self.folder / "metrics.jsonl", self.folder / "report.html"]
+        if self.world.is_main and not self.run_config.evaluate:
+            written += [p for p in [plot_loss(self.folder)] if p] + [self.folder / "checkpoints"]
+            if self.run_config.export:
+                folder = Path(self.run_config.export)
+                folder = folder if folder.is_absolute() else cache_root() / folder
+                written += self.task.export(self.model, folder, DTYPES[self.run_config.export_dtype])
+        summary["written"] = [str(p) for p in written if p.exists()]
+        if self.world.is_main:
+            (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+            for name, value in summary.get("results", {}).items():
+                log.info("%s: %.4f", name, value)
+            log.info("written:\n  %s", "\n  ".join(summary["written"]))
+        self.world.barrier()
+        return summary
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters of `model`."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def _images_in(batch: Batch) -> int:
+    images = batch.pixel_values if batch.features is None else batch.features
+    return 0 if images is None else len(images)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of dropout and sampling in one step of one rank: a pure function, so that resuming needs no generator state."""
+    return (seed * 1_000_003 + step) * 4_099 + rank
+
+
+def _is_better(loss: float | None, best: float | None) -> bool:
+    return loss is not None and (best is None or loss < best)

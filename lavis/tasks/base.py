@@ -1,0 +1,54 @@
+"""The common part of all tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lavis.common.config import Recipe
+from lavis.common.errors import ConfigError
+from lavis.common.paths import resolve
+from lavis.common.registries import MODELS
+from lavis.datasets.assemble import load_tokenizer, make_template
+from lavis.datasets.types import Batch
+
+
+class Task:
+    """What a recipe trains. Subclasses name their architectures and say how the loss is counted and what is exported."""
+
+    archs: ClassVar[tuple[str, ...]] = ()
+    """Architectures the task can train."""
+    generates: ClassVar[bool] = False
+    """Whether the model answers prompts, so that test splits and sample prompts can be judged by generation."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.model.arch not in self.archs:
+            raise ConfigError(
+                f"task {recipe.run.task!r} trains {' or '.join(self.archs)}, but model.arch is {recipe.model.arch!r}."
+            )
+        self.recipe = recipe
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.template = make_template(recipe.model, next(iter(recipe.datasets.values())), self.tokenizer)
+
+    def build_model(self, device: torch.device) -> nn.Module:
+        """The model on `device`, its weights loaded, frozen parts in the precision the recipe names."""
+        model = MODELS.get(self.recipe.model.arch).from_config(self.recipe.model, self.tokenizer, device=device)
+        return model.to(device)
+
+    def count(self, batch: Batch) -> int:
+        """By how many units the loss sum of `batch` is to be divided."""
+        return batch.num_tokens
+
+    def frozen_files(self) -> dict[str, Path]:
+        """Configuration key to file or folder of the weights that training does not change."""
+        model: Any = self.recipe.model
+        keys = ("llm_model", "pretrained", "vit_pretrained", "tokenizer")
+        named = {k: resolve(v) for k in keys if (v := getattr(model, k, None))}
+        return {k: path for k, path in named.items() if path.exists()}
+
+    def export(self, model: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:
+        """Write what later recipes load from `folder`; returns the paths written."""
+        raise NotImplementedError

@@ -1,0 +1,115 @@
+"""Judging a model by what it answers: greedy answers to the last question of each conversation, compared word for word."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lavis.common.dist import World
+from lavis.datasets.loader import ImageSource, collate
+from lavis.datasets.template import ChatTemplate
+from lavis.datasets.types import Conversation, ImageRef, Message, Sample
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question and what came back. `images` are the paths the model saw; `expected` is empty for a free question."""
+
+    id: str
+    kind: str
+    lang: str
+    images: tuple[str, ...]
+    question: str
+    expected: str
+    answer: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer equals the expected one but for case, white space and final punctuation."""
+        return normalize(self.answer) == normalize(self.expected)
+
+
+def normalize(text: str) -> str:
+    """Text as it is compared: Unicode NFKC, lower case, white space folded, without final punctuation."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".!。!?,,;; ")
+
+
+def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
+    """Share of correct answers: `accuracy`, and the same by `kind` and `lang` where the data names them."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for a in answers:
+        groups["accuracy"].append(a.correct)
+        for label in ("kind", "lang"):
+            if value := getattr(a, label):
+                groups[f"accuracy/{label}={value}"].append(a.correct)
+    return {name: sum(hits) / len(hits) for name, hits in sorted(groups.items())}
+
+
+def without_images(conversation: Conversation) -> Conversation:
+    """The same conversation with its images, and the `<Img></Img>` around them, taken out: what a blind model is asked."""
+
+    def blind(message: Message) -> Message:
+        text = "".join(p for p in message.parts if not isinstance(p, ImageRef))
+        return replace(message, parts=(text.replace("<Img></Img>", "").lstrip(),))
+
+    return replace(conversation, messages=tuple(blind(m) for m in conversation.messages))
+
+
+class Answerer:
+    """Answers conversations with a model, in batches of like length, each rank its share."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, template: ChatTemplate, images: ImageSource, world: World
+    ) -> None:
+        self.model, self.tokenizer, self.template, self.images, self.world = model, tokenizer, template, images, world
+
+    def answer(
+        self, conversations: Iterable[Conversation], *, batch_size: int, max_new_tokens: int
+    ) -> list[Answer]:
+        """Greedy answers to the last question of each conversation, in the given order, the same on every rank."""
+        numbered = list(enumerate(conversations))
+        mine = [(i, c, self.template.encode_prompt(c)) for i, c in numbered[self.world.rank :: self.world.size]]
+        mine.sort(key=lambda item: len(item[2]))
+        training = self.model.training
+        self.model.eval()
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(mine), batch_size):
+            chunk = mine[start : start + batch_size]
+            texts = self._generate([sample for _, _, sample in chunk], max_new_tokens)
+            answers |= {i: _answer(c, text) for (i, c, _), text in zip(chunk, texts, strict=True)}
+        self.model.train(training)
+        merged = {i: Answer(**a) for part in self.world.gather({i: asdict(a) for i, a in answers.items()}) for i, a in part.items()}
+        return [merged[i] for i, _ in numbered]
+
+    def _generate(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
+        paths = [path for s in samples for path in s.images]
+        pixels = self.images.load(paths, 0)[0] if paths else {}
+        batch = collate([[s] for s in samples], pixels, self.template.pad_token_id, None)
+        rows = self.model.generate(
+            batch.to(self.world.device),
+            self.template.stop_token_ids,
+            self.template.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def _answer(conversation: Conversation, text: str) -> Answer:
+    turns = conversation.messages
+    expected = turns[-1].text if turns[-1].role == "assistant" else ""
+    question = next(m for m in reversed(turns) if m.role == "user")
+    return Answer(
+        id=conversation.id,
+        kind=conversation.kind,
+        lang=conversation.lang,
+        images=conversation.images,
+        question="".join(p for p in question.parts if isinstance(p, str)).replace("<Img></Img>", "").strip(),
+        expected=expected,
+        answer=text,
+    )

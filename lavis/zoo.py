@@ -1,0 +1,100 @@
+"""LAVIS's front door: models, processors and datasets by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lavis.common.config import load_dataset_config, load_model_config, load_preprocess_config, model_types
+from lavis.common.registries import DATASETS, MODELS, PROCESSORS
+from lavis.common.schema import PreprocessConfig, ProcessorConfig
+from lavis.models.configs import MODEL_CONFIGS
+
+if TYPE_CHECKING:
+    import torch
+
+    from lavis.datasets.types import Conversation
+
+
+def load_model(
+    name: str,
+    model_type: str = "default",
+    is_eval: bool = False,
+    device: str | torch.device = "cpu",
+    checkpoint: str | None = None,
+) -> torch.nn.Module:
+    """The model `name` of `model_type` with its weights, on `device`; `checkpoint` is a file of trained parts.
+
+    Raises ConfigError or RegistryError for unknown names, CheckpointError for missing weights.
+    """
+    options = [] if checkpoint is None else ["load_finetuned=true", f"finetuned={json.dumps(checkpoint)}"]
+    config = load_model_config(name, model_type, options)
+    model = MODELS.get(name).from_config(config)
+    return model.train(not is_eval).to(device)
+
+
+def load_preprocess(config: PreprocessConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(image processors, text processors) of a `preprocess` section, each a dict with `train` and `eval`."""
+
+    def build(processor: ProcessorConfig) -> Any:
+        return PROCESSORS.get(processor.name).from_config(processor)
+
+    vis, txt = config.vis_processor, config.text_processor
+    return {"train": build(vis.train), "eval": build(vis.eval)}, {"train": build(txt.train), "eval": build(txt.eval)}
+
+
+def load_model_and_preprocess(
+    name: str, model_type: str = "default", is_eval: bool = False, device: str | torch.device = "cpu"
+) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
+    """The model with the image and text processors that its default YAML names."""
+    vis_processors, txt_processors = load_preprocess(load_preprocess_config(name, model_type))
+    return load_model(name, model_type, is_eval, device), vis_processors, txt_processors
+
+
+def load_dataset(
+    name: str, cfg_path: str | None = None, vis_path: str | None = None, data_type: str | None = None
+) -> dict[str, list[Conversation]]:
+    """Split name to the conversations of the dataset `name`.
+
+    `cfg_path` overrides its default YAML with a file that has `datasets.<name>`; `vis_path` is the image folder;
+    `data_type` replaces the one of the YAML. Raises DataError for missing or unreadable annotations.
+    """
+    config = load_dataset_config(name, cfg_path)
+    if vis_path is not None:
+        config.build_info.images.storage = vis_path
+    if data_type is not None:
+        config.data_type = data_type
+    builder = DATASETS.get(name)(name, config)
+    return {split: list(builder.conversations(split)) for split in builder.splits}
+
+
+class ModelZoo:
+    """Architectures and their types; printing it gives a table, iterating gives (architecture, types)."""
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        return ((arch, model_types(arch)) for arch in MODEL_CONFIGS.list())
+
+    def __str__(self) -> str:
+        return _table(("Architectures", "Types"), [(arch, ", ".join(types)) for arch, types in self])
+
+
+class DatasetZoo:
+    """Datasets and the splits of their default YAML; printing it gives a table, iterating gives (dataset, splits)."""
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        return ((name, list(load_dataset_config(name).build_info.annotations)) for name in DATASETS.list())
+
+    def __str__(self) -> str:
+        return _table(("Datasets", "Splits"), [(name, ", ".join(splits)) for name, splits in self])
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    width = max(len(first) for first, _ in [head, *rows]) + 2
+    rule = "=" * 50
+    lines = [f"{first:{width}}{second}".rstrip() for first, second in [head, *rows]]
+    return "\n".join([rule, lines[0], rule, *lines[1:]])
+
+
+model_zoo = ModelZoo()
+dataset_zoo = DatasetZoo()
