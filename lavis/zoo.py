@@ -30,7 +30,7 @@ def load_model(
     """
     options = [] if checkpoint is None else ["load_finetuned=true", f"finetuned={json.dumps(checkpoint)}"]
     config = load_model_config(name, model_type, options)
-    model = MODELS.get(name).from_config(config)
+    model = MODELS.get(name).from_config(config, device=device)
     return model.train(not is_eval).to(device)
 
 

@@ -117,10 +117,11 @@ class PreparedTable:
     def conversation(self, index: int) -> Conversation:
         """The conversation that sample `index` was made of, with image paths as in the annotations."""
         values = json.loads(self._table["conversation"][index].as_py())
-        messages = tuple(
-            Message(role, tuple(p if isinstance(p, str) else ImageRef(p[0]) for p in parts)) for role, parts in values.pop("messages")
-        )
-        return Conversation(messages, **values)
+        messages = [
+            Message(role, tuple(p if isinstance(p, str) else ImageRef(p[0]) for p in parts))
+            for role, parts in values.pop("messages")
+        ]
+        return Conversation(tuple(messages), **values)
 
     def image_paths(self) -> list[str]:
         """Every image of the table once, absolute if there is an image folder."""

@@ -34,7 +34,7 @@ IMAGE_TOKENS = (
 
 
 class _Segment(NamedTuple):
-    """Consecutive tokens of one sort."""
+    """Consecutive tokens of one sort. The system message counts as markup, as a prompt is never shortened there."""
 
     sort: Literal["markup", "text", "image"]
     ids: Ids
@@ -154,7 +154,7 @@ class ChatTemplate:
     def encode_prompt(self, conversation: Conversation) -> Sample:
         """The sample that asks for the next answer: it ends with the assistant's header and has no labels.
 
-        A last assistant turn is dropped. A prompt longer than max_length loses text from its oldest turn on, never an image.
+        A last assistant turn is dropped. A prompt longer than max_length loses text from its first question on, never an image.
         """
         dialogue = self._dialogue(conversation, generation=True)
         segments = self._segments(dialogue, self._encoder.encode_all(dialogue.texts))
@@ -190,7 +190,8 @@ class ChatTemplate:
                 is_text = isinstance(part, str)
                 ids = tuple(encoded[part]) if is_text else (self.image_token_id,) * self.num_query_token
                 labels = ids if frame.roles[i] == "assistant" else (IGNORE_INDEX,) * len(ids)
-                segments.append(_Segment("text" if is_text else "image", ids, labels))
+                sort = "markup" if frame.roles[i] == "system" else "text" if is_text else "image"
+                segments.append(_Segment(sort, ids, labels))
         return [*segments, _Segment("markup", frame.ids[-1], frame.labels[-1])]
 
     def _truncated(self, segments: Sequence[_Segment], conversation: Conversation) -> Sample:
@@ -208,9 +209,11 @@ class ChatTemplate:
             ids.extend(segment.ids)
             labels.extend(segment.labels)
         labels[0] = IGNORE_INDEX  # nothing predicts the first token
-        if not any(label != IGNORE_INDEX for label in labels[:cut]):
+        num_images = sum(end <= cut for end in image_ends)
+        sample = Sample(tuple(ids[:cut]), tuple(labels[:cut]), conversation.images[:num_images])
+        if not sample.num_tokens:
             raise self._too_long(conversation, len(ids))
-        return Sample(tuple(ids[:cut]), tuple(labels[:cut]), conversation.images[: sum(end <= cut for end in image_ends)])
+        return sample
 
     def _too_long(self, conversation: Conversation, length: int) -> RowError:
         detail = f"{length} tokens, model.max_txt_len is {self.max_length}"

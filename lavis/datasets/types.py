@@ -83,7 +83,7 @@ class Sample:
     @property
     def num_tokens(self) -> int:
         """Number of supervised tokens."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)

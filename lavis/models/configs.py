@@ -13,7 +13,15 @@ MODEL_CONFIGS: Registry[type[ModelConfig]] = Registry("model")
 
 VIT_PRESETS: dict[str, dict[str, Any]] = {
     # EVA-CLIP g/14 without its last block, as BLIP-2 uses it
-    "eva_clip_g": {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 6144 / 1408},
+    "eva_clip_g": {
+        "patch_size": 14,
+        "embed_dim": 1408,
+        "depth": 39,
+        "num_heads": 16,
+        "mlp_ratio": 6144 / 1408,
+        "init_std": 0.02,
+        "pos_init_std": 0.02,
+    },
 }
 """Name of a ViT to its dimensions, keyed as in VitConfig."""
 
@@ -27,9 +35,8 @@ class VitConfig:
     depth: Optional[int] = opt(None, "number of blocks", at_least=1)
     num_heads: Optional[int] = opt(None, "attention heads", at_least=1)
     mlp_ratio: Optional[float] = opt(None, "hidden width of the MLP / width")
-    pos_init_std: Optional[float] = opt(
-        None, "standard deviation of new position and class embeddings; a small ViT trained from nothing learns places sooner with 0.3"
-    )
+    init_std: Optional[float] = opt(None, "standard deviation of new weights; a narrow ViT trained from nothing wants more than 0.02")
+    pos_init_std: Optional[float] = opt(None, "standard deviation of new position and class embeddings")
 
 
 @dataclass
@@ -42,6 +49,7 @@ class QFormerConfig:
     intermediate_size: int = opt(3072, "hidden width of the MLP", at_least=1)
     cross_attention_frequency: int = opt(2, "every which layer looks at the image, from layer 0", at_least=1)
     dropout: float = opt(0.1, "dropout while the Q-Former is trained", at_least=0)
+    init_std: float = opt(0.02, "standard deviation of new weights", at_least=0)
     max_position_embeddings: int = opt(512, "longest text, tokens (text branch only)", at_least=1)
 
 

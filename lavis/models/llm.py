@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -12,10 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from lavis.common.errors import CheckpointError, ConfigError
 from lavis.common.paths import resolve
 from lavis.datasets.types import IGNORE_INDEX
+
+if not sys.stderr.isatty():
+    transformers_logging.disable_progress_bar()
 
 LOGITS_CHUNK_BYTES = 64 << 20
 """Above this many bytes of fp32 logits the loss is computed in chunks whose logits are recomputed in backward."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
 
 import torch
 from timm.models.eva import Eva
@@ -12,16 +11,10 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from lavis.models.configs import VisionConfig
 
-VIT_PRESETS = {
-    # EVA-CLIP g/14 without its last block, as BLIP-2 uses it
-    "eva_clip_g": {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 6144 / 1408, "pos_init_std": 0.02},
-}
-
-
 def build_vit(config: VisionConfig) -> Eva:
     """timm's EVA ViT with `config`'s dimensions: [N, 3, S, S] -> forward_features -> [N, 1 + (S/P)^2, D], no final norm, no head."""
-    dimensions = VIT_PRESETS[config.vit_model] | {k: v for k, v in asdict(config.vit).items() if v is not None}
-    init_std = dimensions.pop("pos_init_std")
+    dimensions = config.vit_dimensions()
+    init_std, pos_init_std = dimensions.pop("init_std"), dimensions.pop("pos_init_std")
     vit = Eva(
         img_size=config.image_size,
         num_classes=0,
@@ -30,8 +23,10 @@ def build_vit(config: VisionConfig) -> Eva:
         **dimensions,
     )
     vit.norm = nn.Identity()
+    for linear in (m for m in vit.blocks.modules() if isinstance(m, nn.Linear)):
+        nn.init.trunc_normal_(linear.weight, std=init_std)
     for positions in (vit.pos_embed, vit.cls_token):
-        nn.init.trunc_normal_(positions, std=init_std)
+        nn.init.trunc_normal_(positions, std=pos_init_std)
     vit.set_grad_checkpointing(config.use_grad_checkpoint and not config.freeze_vit)
     return vit
 
@@ -49,6 +44,7 @@ def build_qformer(config: VisionConfig, encoder_width: int, *, text_vocab_size: 
             hidden_dropout_prob=c.dropout,
             attention_probs_dropout_prob=c.dropout,
             encoder_hidden_size=encoder_width,
+            initializer_range=c.init_std,
             max_position_embeddings=c.max_position_embeddings,
             use_qformer_text_input=text_vocab_size is not None,
             vocab_size=text_vocab_size or 30522,

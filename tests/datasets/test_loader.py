@@ -76,7 +76,14 @@ def table(cache: Path, tokenizer: PreTrainedTokenizerFast) -> PreparedTable:
 
 
 def loader(
-    table: PreparedTable, workers: int, *, batch_size: int = 2, accum: int = 2, world: int = 2, rank: int = 0, pack: int | None = None
+    table: PreparedTable,
+    workers: int,
+    *,
+    batch_size: int = 2,
+    accum: int = 2,
+    world: int = 2,
+    rank: int = 0,
+    pack: int | None = None,
 ) -> TrainLoader:
     lengths = np.concatenate([table.lengths, table.lengths])
     plan = StepPlan(

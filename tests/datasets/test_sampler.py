@@ -28,7 +28,10 @@ def epoch_samples(p: StepPlan, epoch: int) -> list[int]:
     return [i for step in range(p.steps_per_epoch) for i in step_samples(p, epoch, step)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"length_grouping": False}, {"pack_length": 400}, {"dataset_sizes": [3, 1000], "ratios": [1, 3]}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"length_grouping": False}, {"pack_length": 400}, {"dataset_sizes": [3, 1000], "ratios": [1, 3]}],
+)
 @pytest.mark.parametrize("split", SPLITS[1:])
 def test_steps_do_not_depend_on_how_the_global_batch_splits(split: tuple[int, int, int], changes: dict[str, Any]) -> None:
     one, other = plan(*SPLITS[0], **changes), plan(*split, **changes)

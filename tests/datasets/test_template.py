@@ -272,7 +272,8 @@ def test_long_prompt_loses_text_never_images(tokenizer: PreTrainedTokenizerFast)
     prompt = template.encode_prompt(conversation)
     assert len(prompt) == 60 and prompt.images == ("a.png",)
     assert prompt.input_ids.count(template.image_token_id) == QUERIES
-    assert tokenizer.decode(prompt.input_ids).endswith(f" What{E}\n{S}assistant\n")
+    text = tokenizer.decode(prompt.input_ids)
+    assert text.startswith(f"{S}system\nno{E}\n") and text.endswith(f" What{E}\n{S}assistant\n")
     with pytest.raises(RowError):
         ChatTemplate(tokenizer, QUERIES, max_length=10).encode_prompt(conversation)
 

@@ -145,17 +145,29 @@ def _question_rows(pictures: Iterator[tuple[str, Scene]], spec: ShapesSpec, spli
 
 
 def _text_dialogue(spec: ShapesSpec, index: int) -> Row:
-    """A dialogue about a scene given in words, in either language; one in 25 hides the scene (a guess from nothing)."""
+    """A conversation about a scene given in words: a caption, a single question or several.
+
+    Short contexts and captions, whose every word is copied from the description, are what makes a small LLM learn to
+    look things up at all; long dialogues alone leave it guessing. One in 25 hides the scene (a guess from nothing).
+    """
     rng, scene = _text_scene(spec, "text_train", index)
-    lang = rng.choice(LANGS)
-    turns = [(turn.text, turn.answer) for turn in interview(scene, lang, rng, spec.text_turns, split="any")]
-    if rng.random() < 0.3:
-        turns.append((rng.choice(CAPTION_REQUESTS[lang]), caption(scene, lang)))
+    lang, form = rng.choice(LANGS), rng.random()
+    request = (rng.choice(CAPTION_REQUESTS[lang]), caption(scene, lang))
+    if form < 0.4:
+        turns = [request]
+    elif form < 0.75:
+        question = ask(scene, rng.choice(KINDS), lang, rng, split="any")
+        turns = [(question.text, question.answer)]
+    else:
+        turns = [(turn.text, turn.answer) for turn in interview(scene, lang, rng, spec.text_turns, split="any")]
+        turns += [request] if rng.random() < 0.3 else []
     asked, answered = [turn[0] for turn in turns], [turn[1] for turn in turns]
-    if rng.random() < 0.04:
+    if rng.random() < 0.04 and form >= 0.4:
         asked, answered = asked[:1], answered[:1]
     else:
         asked[0] = _with_description(describe(scene, _mostly(lang, rng), rng), asked[0], rng)
+    if len(asked) == 1:
+        return _row(f"text_train_{index:06d}", "caption" if form < 0.4 else "question", lang, asked[0], answered[0])
     return _row(f"text_train_{index:06d}", "dialogue", lang, asked, answered)
 
 

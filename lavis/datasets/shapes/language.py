@@ -49,6 +49,12 @@ CAPTION_REQUESTS: dict[str, tuple[str, ...]] = {
     "zh": ("描述这张图片。", "图片里有什么？", "说说你看到了什么。"),
 }
 
+CHINESE_WORDS: tuple[str, ...] = (
+    *_ZH.values(), "有没有", "物体", "颜色", "形状", "图形", "图片", "什么", "哪里", "哪个角", "几个", "一共", "看到",
+)  # fmt: skip
+"""Words for a tokenizer to keep whole: Chinese has no spaces, and merges across words ("红色的圆") would make each
+colour-shape pair a token of its own, so that a pair never seen could not be said."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -85,9 +91,7 @@ def caption(scene: Scene, lang: str) -> str:
 
 def _sentence(items: list[Item], lang: str) -> str:
     if lang == "en":
-        parts = [f"{_article(item.colour)} {item.colour} {item.shape} at the {item.place}" for item in items]
-        text = ", ".join(parts) + "."
-        return text[0].upper() + text[1:]
+        return ", ".join(f"{item.colour} {item.shape} at the {item.place}" for item in items) + "."
     return "，".join(f"{_ZH[i.colour]}的{_ZH[i.shape]}在{_ZH[i.place]}" for i in items) + "。"
 
 
@@ -157,7 +161,3 @@ def _fill(template: str, lang: str, colour: str, shape: str, place: str) -> str:
     if lang == "en" and colour == "orange":
         template = template.replace(" a {cs}", " an {cs}").replace("Is a {cs}", "Is an {cs}")
     return template.format(c=c, s=s, p=p, cs=f"{c} {s}")
-
-
-def _article(colour: str) -> str:
-    return "an" if colour[0] in "aeiou" else "a"

@@ -1,0 +1,76 @@
+"""The same recipe gives the same loss and gradient however its global batch of 8 is cut, through the real commands."""
+
+import pytest
+import torch
+
+from tests.runners.world import saved_tensors, train, train_lines
+
+STEPS = 5
+LAYOUTS = {
+    "accumulation": (1, ["run.batch_size_train=2", "run.accum_grad_iters=4"]),
+    "data-parallel": (2, ["run.batch_size_train=4"]),
+    "data-parallel with accumulation": (2, ["run.batch_size_train=1", "run.accum_grad_iters=4"]),
+    "cached features": (1, ["run.batch_size_train=8", "run.cache_features=true"]),
+    "workers": (1, ["run.batch_size_train=8", "run.num_workers=2"]),
+}
+SAVED = ["run.save_freq=1", "run.keep_checkpoints=9"]
+
+
+@pytest.fixture(scope="module")
+def single(cache, tmp_path_factory):
+    return train(cache, tmp_path_factory.mktemp("single"), "run.batch_size_train=8", *SAVED)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_equals_a_single_process(cache, tmp_path, single, layout):
+    ranks, options = LAYOUTS[layout]
+    assert_same_training(single, train(cache, tmp_path, *options, *SAVED, ranks=ranks))
+
+
+def assert_same_training(expected, run):
+    for want, got in zip(train_lines(expected), train_lines(run), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+    first = "exp_avg.llm_proj.weight"  # after the first step: the clipped gradient times 1 - beta1
+    for step in range(1, STEPS + 1):
+        want, got = saved_tensors(expected, step)[first], saved_tensors(run, step)[first]
+        assert torch.linalg.norm(got - want) <= 1e-5 * torch.linalg.norm(want)
+
+
+def test_packed_rows_equal_the_same_samples_padded(cache, tmp_path):
+    """One packed row per step holds several samples; padded training on exactly those samples must give the same first step."""
+    import json
+
+    from lavis.common.config import load_recipe
+    from lavis.datasets.assemble import load_tokenizer, prepare_split
+    from lavis.datasets.sampler import StepPlan
+    from tests.runners.world import write_recipe
+
+    packed = train(cache, tmp_path, "run.packing=true", "run.pack_length=512", "run.batch_size_train=2", "run.max_steps=3", *SAVED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAVIS_CACHE", str(cache))
+        recipe = load_recipe(write_recipe(tmp_path))
+        (table,) = prepare_split(recipe, "train", load_tokenizer(recipe.model))
+        plan = StepPlan(
+            table.lengths, batch_size=2, accum=1, world_size=1, seed=42, length_grouping=True, pack_length=512,
+            dataset_sizes=[len(table)], ratios=None,
+        )  # fmt: skip
+        members = [i for row in plan.micro_batches(0, 0, 0)[0] for i in row]
+        loss = padded_loss(recipe, [table.sample(i) for i in members])
+    assert len(members) > 4
+    assert json.loads((packed / "metrics.jsonl").read_text().splitlines()[0])["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def padded_loss(recipe, samples):
+    from lavis.datasets.loader import ImageFolder, collate
+    from lavis.processors.image import EvalImage
+    from lavis.tasks.image_text_pretrain import ImageTextPretrain
+
+    torch.manual_seed(42)
+    task = ImageTextPretrain(recipe)
+    model = task.build_model(torch.device("cpu"))
+    images = ImageFolder(EvalImage.from_config(recipe.datasets["shapes_instruction"].vis_processor.train))
+    pixels, _ = images.load([p for s in samples for p in s.images], 0)
+    batch = collate([[s] for s in samples], pixels, task.template.pad_token_id, None)
+    with torch.no_grad():
+        return (model(batch).loss_sum / batch.num_tokens).item()
