@@ -6,7 +6,10 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lavis.tasks.evaluation import Answer
 
 
 
@@ -22,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from lavis.common.config import load_recipe
     from lavis.common.logging import setup_logging
     from lavis.common.registries import RUNNERS
+    from lavis.runners.report import draw_answers
 
     setup_logging()
     align, tower = load_recipe("shapes/align", args.options), load_recipe("shapes/evaluate_tower")
@@ -31,9 +35,11 @@ def run(args: argparse.Namespace) -> int:
     summary = RUNNERS.get(align.run.runner)(align).run()
     folder = Path(summary["run_folder"])
     results = summary["results"]
-    _show_answers(folder / "answers_test_test.jsonl", args.questions)
+    picked = _pick(folder / "answers_test_test.jsonl", args.questions)
+    picture = draw_answers(picked, folder / "answers.svg")
+    _show_answers(picked)
     _show_table(results, with_own_llm)
-    print(f"\nLook at {folder / 'report.html'} (answers before, during, after) and {folder / 'loss.png'}.")
+    print(f"\nLook at {folder / 'report.html'} (answers before, during, after), {picture} and {folder / 'loss.png'}.")
     figures = {
         "held_out_accuracy": results["test/test/accuracy"],
         "blind_accuracy": results["blind/test/accuracy"],
@@ -47,14 +53,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_answers(file: Path, most: int) -> None:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    print("\nHeld-out pictures:")
+def _pick(file: Path, most: int) -> list[Answer]:
+    """Answers spread evenly over the file, half in each language, as they came out."""
+    from lavis.tasks.evaluation import read_answers
+
+    picked: list[Answer] = []
     for lang in ("en", "zh"):
-        of_lang = [r for r in rows if r["lang"] == lang]
-        for row in of_lang[:: max(1, len(of_lang) // max(1, most // 2))][: most // 2]:
-            mark = "right" if row["correct"] else f"wrong, {row['expected']}"
-            print(f"  {Path(row['images'][0]).name}  {row['question']}  ->  {row['answer']}  ({mark})")
+        answers = [a for a in read_answers(file) if a.lang == lang]
+        picked += answers[:: max(1, len(answers) // max(1, most // 2))][: most // 2]
+    return picked
+
+
+def _show_answers(answers: list[Answer]) -> None:
+    print("\nHeld-out pictures:")
+    for a in answers:
+        mark = "right" if a.correct else f"wrong, {a.expected}"
+        print(f"  {Path(a.images[0]).name}  {a.question}  ->  {a.answer}  ({mark})")
 
 
 def _show_table(results: dict[str, Any], with_own_llm: float) -> None:

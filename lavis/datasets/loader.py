@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lavis.common.errors import DataError
 from lavis.datasets.prepare import PreparedTable
 from lavis.datasets.sampler import Row, StepPlan
-from lavis.datasets.template import CaptionTemplate, ChatTemplate, without_images
 from lavis.datasets.types import IGNORE_INDEX, Batch, Sample
 from lavis.processors.image import EvalImage
 
@@ -186,30 +185,25 @@ class _MicroBatches(Dataset[Batch]):
 
 def eval_batches(
     table: PreparedTable,
-    template: ChatTemplate | CaptionTemplate,
     images: ImageSource,
+    pad_id: int,
     batch_size: int,
     rank: int,
     world_size: int,
-    drop_images: bool = False,
 ) -> Iterator[Batch]:
     """Every sample of the table once over all ranks, in padded batches of like length.
 
     All ranks take an equal number of batches, as sharded models need: a rank without samples in the last round gets one sample
-    without labels (`num_samples` 0). `drop_images` leaves the images and their placeholders out: the blind baseline.
+    without labels (`num_samples` 0).
     """
     order = np.argsort(table.lengths, kind="stable")
     for start in range(0, len(order), batch_size * world_size):
         mine = order[start : start + batch_size * world_size][rank::world_size].tolist()
-        samples = [_eval_sample(table, template, i, drop_images) for i in mine or [int(order[0])]]
+        samples = [table.sample(i) for i in mine or [int(order[0])]]
         if not mine:
             samples = [Sample(s.input_ids, (IGNORE_INDEX,) * len(s), s.images) for s in samples]
-        batch = _load([[s] for s in samples], images, 0, template.pad_token_id, None)
+        batch = _load([[s] for s in samples], images, 0, pad_id, None)
         yield batch if mine else replace(batch, num_samples=0)
-
-
-def _eval_sample(table: PreparedTable, template: ChatTemplate | CaptionTemplate, index: int, drop_images: bool) -> Sample:
-    return template.encode(without_images(table.conversation(index))) if drop_images else table.sample(index)
 
 
 def _load(samples: list[list[Sample]], images: ImageSource, seed: int, pad_id: int, pack_length: int | None) -> Batch:

@@ -299,9 +299,13 @@ class CaptionTemplate:
 
 
 def without_images(conversation: Conversation) -> Conversation:
-    """The conversation with its images left out and its text as it is: what a blind model is asked."""
-    messages = tuple(replace(m, parts=tuple(p for p in m.parts if isinstance(p, str))) for m in conversation.messages)
-    return replace(conversation, messages=messages)
+    """The conversation with its images, and the `<Img></Img>` around them, taken out: what a blind model is asked."""
+
+    def blind(message: Message) -> Message:
+        text = "".join(p for p in message.parts if isinstance(p, str))
+        return replace(message, parts=(text.replace("<Img></Img>", "").lstrip(),))
+
+    return replace(conversation, messages=tuple(map(blind, conversation.messages)))
 
 
 def _trimmed(parts: Sequence[str | ImageRef], left: bool, right: bool) -> list[str | ImageRef]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,12 +13,13 @@ from lavis.common.config import Recipe
 from lavis.common.dist import World
 from lavis.datasets.loader import eval_batches
 from lavis.datasets.prepare import PreparedTable
+from lavis.datasets.template import without_images
 from lavis.datasets.types import Conversation, ImageRef, Message
 from lavis.runners.checkpoint import best_checkpoint, complete_checkpoints
 from lavis.runners.data import RunData
 from lavis.runners.report import SampleReport
 from lavis.tasks.base import Task
-from lavis.tasks.evaluation import Answerer, accuracy, without_images
+from lavis.tasks.evaluation import Answerer, accuracy, write_answers
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Evaluator:
         for split in self.run.valid_splits:
             for table in self.data.splits[split]:
                 for batch in eval_batches(
-                    table, self.task.template, self.data.eval_images, self.run.batch_size_eval, self.world.rank, self.world.size
+                    table, self.data.eval_images, self.task.template.pad_token_id, self.run.batch_size_eval, self.world.rank, self.world.size
                 ):
                     out = self.model(batch.to(self.world.device))
                     if not self.task.count(batch):  # this rank had no sample left and only kept the others company
@@ -72,8 +72,7 @@ class Evaluator:
             )
             results |= {f"{label}/{split}/{k}": v for k, v in accuracy(answers).items()}
             if self.world.is_main:
-                rows = (json.dumps({**asdict(a), "correct": a.correct}, ensure_ascii=False) + "\n" for a in answers)
-                (self.folder / f"answers_{label}_{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+                write_answers(self.folder / f"answers_{label}_{split}.jsonl", answers)
         return results
 
     def sample_prompts(self, step: int) -> None:

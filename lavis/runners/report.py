@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -69,13 +70,41 @@ def _verdict(answer: Answer) -> str:
 
 
 def _picture(path: Path) -> str:
+    return f"<img width='{THUMBNAIL // 2 + 16}' src='{_data_url(path)}' alt='{html.escape(path.name)}'>"
+
+
+def _data_url(path: Path) -> str:
     with Image.open(path) as opened:
         image = to_rgb(opened)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img width='{THUMBNAIL // 2 + 16}' src='data:image/png;base64,{data}' alt='{html.escape(path.name)}'>"
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def draw_answers(answers: Sequence[Answer], file: Path, columns: int = 3) -> Path:
+    """Draw questions about pictures with their answers as cards in an SVG (the viewer's own fonts write the Chinese)."""
+    width, height = 290, 150
+    rows = -(-len(answers) // columns)
+    cards = "".join(_card(a, 10 + (i % columns) * width, 10 + (i // columns) * height) for i, a in enumerate(answers))
+    file.write_text(
+        f"<svg xmlns='http://www.w3.org/2000/svg' width='{columns * width + 10}' height='{rows * height + 10}' "
+        f"font-family='system-ui, sans-serif' font-size='13'><rect width='100%' height='100%' fill='#f6f8fa'/>{cards}</svg>",
+        encoding="utf-8",
+    )
+    return file
+
+
+def _card(answer: Answer, x: int, y: int) -> str:
+    lines = textwrap.wrap(answer.question, 21 if answer.question.isascii() else 11)
+    question = "".join(f"<text x='144' y='{28 + 17 * i}' fill='#57606a'>{html.escape(line)}</text>" for i, line in enumerate(lines))
+    mark, colour = ("\u2713", "#1a7f37") if answer.correct else (f"\u2717 {answer.expected}", "#cf222e")
+    return (
+        f"<g transform='translate({x},{y})'><rect width='280' height='140' rx='8' fill='#ffffff' stroke='#d0d7de'/>"
+        f"<image x='6' y='6' width='128' height='128' href='{_data_url(Path(answer.images[0]))}'/>{question}"
+        f"<text x='144' y='{46 + 17 * len(lines)}' font-size='16' font-weight='600' fill='#1f2328'>{html.escape(answer.answer)}</text>"
+        f"<text x='144' y='126' fill='{colour}'>{html.escape(mark)}</text></g>"
+    )
 
 
 def plot_loss(folder: Path) -> Path | None:

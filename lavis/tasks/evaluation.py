@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +15,7 @@ from torch import nn
 from lavis.common.dist import World
 from lavis.datasets.loader import ImageSource, collate
 from lavis.datasets.template import ChatTemplate
-from lavis.datasets.types import Conversation, ImageRef, Message, Sample
+from lavis.datasets.types import Conversation, Sample
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,18 @@ class Answer:
         return normalize(self.answer) == normalize(self.expected)
 
 
+def write_answers(file: Path, answers: Iterable[Answer]) -> None:
+    """One JSON object a line: the answer's fields and whether it is correct."""
+    rows = (json.dumps({**asdict(a), "correct": a.correct}, ensure_ascii=False) + "\n" for a in answers)
+    file.write_text("".join(rows), encoding="utf-8")
+
+
+def read_answers(file: Path) -> list[Answer]:
+    """What `write_answers` wrote."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [Answer(**{k: tuple(v) if k == "images" else v for k, v in row.items() if k != "correct"}) for row in rows]
+
+
 def normalize(text: str) -> str:
     """Text as it is compared: Unicode NFKC, lower case, white space folded, without final punctuation."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".!。!?,,;; ")
@@ -48,16 +62,6 @@ def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
             if value := getattr(a, label):
                 groups[f"accuracy/{label}={value}"].append(a.correct)
     return {name: sum(hits) / len(hits) for name, hits in sorted(groups.items())}
-
-
-def without_images(conversation: Conversation) -> Conversation:
-    """The same conversation with its images, and the `<Img></Img>` around them, taken out: what a blind model is asked."""
-
-    def blind(message: Message) -> Message:
-        text = "".join(p for p in message.parts if not isinstance(p, ImageRef))
-        return replace(message, parts=(text.replace("<Img></Img>", "").lstrip(),))
-
-    return replace(conversation, messages=tuple(blind(m) for m in conversation.messages))
 
 
 class Answerer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_toys import small_tokenizer
+from tests.datasets.data_toys import small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 

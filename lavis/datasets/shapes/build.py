@@ -191,8 +191,11 @@ def _text_scene(spec: ShapesSpec, split: str, index: int) -> tuple[random.Random
 
 
 def _with_description(description: str, question: str, rng: random.Random) -> str:
-    """A user turn that gives the scene in words; most of them in the tags that hold a picture later."""
-    wrapper = rng.choice(("<Img>{d}</Img> {q}", "<Img>{d}</Img> {q}", "{d}\n{q}"))
+    """A user turn that gives the scene in words; most of them in the tags that hold a picture later.
+
+    The space after `<Img>` keeps the first word the same token as elsewhere: without it "red" and " red" differ.
+    """
+    wrapper = rng.choice(("<Img> {d}</Img> {q}", "<Img> {d}</Img> {q}", "{d}\n{q}"))
     return wrapper.format(d=description, q=question)
 
 
