@@ -132,3 +132,5 @@ class ByteLevelBPEConfig(ModelConfig):
 
     vocab_size: int = opt(1024, "tokens, the 256 bytes and the control tokens included", at_least=300)
     min_frequency: int = opt(2, "how often a pair must occur to be merged", at_least=1)
+    add_prefix_space: bool = opt(False, "begin every text with a space, so that its first word is the same token as inside a text")
+    split_pattern: Optional[str] = opt(None, "regular expression of words that are never merged with their neighbours")

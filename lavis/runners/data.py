@@ -13,7 +13,7 @@ from lavis.common.dist import World
 from lavis.common.errors import TrainingError
 from lavis.common.registries import PROCESSORS
 from lavis.common.schema import ProcessorConfig
-from lavis.datasets.assemble import prepare_split
+from lavis.datasets.assemble import make_builders, prepare_split
 from lavis.datasets.loader import ImageFolder, ImageSource, TrainLoader
 from lavis.datasets.prepare import PreparedTable
 from lavis.datasets.sampler import StepPlan
@@ -64,11 +64,11 @@ class RunData:
         )
 
     def _ratios(self) -> list[float] | None:
-        ratios, names = self.recipe.run.train_dataset_ratios, list(self.recipe.datasets)
+        ratios = self.recipe.run.train_dataset_ratios
         if not ratios:
             return None
-        per_split = [ratios.get(name, 0.0) for name in names]
-        return per_split * len(self.recipe.run.train_splits)
+        builders = make_builders(self.recipe)
+        return [ratios.get(b.name, 0.0) for split in self.recipe.run.train_splits for b in builders if split in b.splits]
 
     def _open_loader(self) -> None:
         run = self.recipe.run

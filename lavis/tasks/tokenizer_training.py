@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lavis.common.config import Recipe
@@ -30,8 +30,11 @@ class TokenizerTraining:
     def fit(self, conversations: Iterable[Conversation]) -> PreTrainedTokenizerFast:
         """A tokenizer of at most `vocab_size` tokens learned from all turns."""
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.pre_tokenizer = self._pre_tokenizer()
         bpe.decoder = decoders.ByteLevel()
+        if self.config.add_prefix_space:
+            bpe.normalizer = normalizers.Prepend(" ")
+            bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
         trainer = trainers.BpeTrainer(
             vocab_size=self.config.vocab_size,
             min_frequency=self.config.min_frequency,
@@ -49,6 +52,12 @@ class TokenizerTraining:
             additional_special_tokens=[START_TOKEN, IMAGE_TOKEN],
             clean_up_tokenization_spaces=False,
         )
+
+    def _pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if self.config.split_pattern is None:
+            return byte_level
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(self.config.split_pattern), "isolated"), byte_level])
 
     def export(self, tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[Path]:
         """A Hugging Face tokenizer folder."""

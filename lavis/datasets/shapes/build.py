@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lavis.datasets.shapes.language import CAPTION_REQUESTS, KINDS, LANGS, ask, caption, describe, interview
-from lavis.datasets.shapes.scene import HELD_OUT, Combos, Scene, render, sample_scene
+from lavis.datasets.shapes.scene import Combos, Scene, render, sample_scene
 
 Row = dict[str, Any]
-FORMAT = 1
+FORMAT = 4
 """Raised when the same spec would write different files."""
 
 IMAGE_TAG = "<Img><ImageHere></Img> "
@@ -29,21 +29,15 @@ class ShapesSpec:
         train, val, test: pictures in each split; val and test get two questions for each picture.
         text_train, text_val: dialogues and single questions of the text corpus.
         size: side of a picture in pixels.
-        max_items: most objects in a scene, 1 to 4.
-        turns: most turns of a training dialogue about one picture.
-        text_turns: most turns of a text dialogue about one description.
         seed: of everything.
     """
 
-    train: int = 10_000
-    val: int = 250
+    train: int = 8_000
+    val: int = 200
     test: int = 500
-    text_train: int = 60_000
-    text_val: int = 500
+    text_train: int = 40_000
+    text_val: int = 400
     size: int = 64
-    max_items: int = 3
-    turns: int = 6
-    text_turns: int = 6
     seed: int = 42
 
 
@@ -91,10 +85,9 @@ def _write_world(folder: Path, spec: ShapesSpec) -> None:
     train, captions = [], []
     for index, (name, scene) in enumerate(_pictures(folder, spec, "train", spec.train, "seen")):
         rng = random.Random(f"{spec.seed}/train/words/{index}")
-        train.extend(_train_rows(name, scene, spec, rng))
+        train.extend(_train_rows(name, scene, rng))
         captions.extend(
-            {"id": f"{name[:-4]}-{lang}", "image": name, "instruction": "", "output": caption(scene, lang), "lang": lang}
-            for lang in LANGS
+            _row(f"{name[:-4]}-{lang}", "caption", lang, "", caption(scene, lang), image=name) for lang in LANGS
         )
     _write_json(folder / "train.json", train)
     _write_json(folder / "captions.json", captions)
@@ -110,21 +103,21 @@ def _pictures(
 ) -> Iterator[tuple[str, Scene]]:
     """Draw, save and yield the pictures of a split with their file names."""
     for index in range(count):
-        scene = sample_scene(f"{spec.seed}/{split}/{index}", combos=combos, max_items=spec.max_items)
+        scene = sample_scene(f"{spec.seed}/{split}/{index}", combos=combos)
         name = f"{split}_{index:06d}.png"
         render(scene, spec.size).save(folder / "images" / name, compress_level=1)
         yield name, scene
 
 
-def _train_rows(name: str, scene: Scene, spec: ShapesSpec, rng: random.Random) -> list[Row]:
+def _train_rows(name: str, scene: Scene, rng: random.Random) -> list[Row]:
     """A caption, a single question and a dialogue about one picture, each in a language drawn for it."""
     lang, stem = rng.choice(LANGS), name[:-4]
     request = IMAGE_TAG + rng.choice(CAPTION_REQUESTS[lang])
     rows = [_row(f"{stem}-0", "caption", lang, request, caption(scene, lang), image=name)]
-    question = ask(scene, rng.choice(KINDS), lang := rng.choice(LANGS), rng, split="train")
+    question = ask(scene, rng.choice(KINDS), lang := rng.choice(LANGS), rng)
     rows.append(_row(f"{stem}-1", question.kind, lang, IMAGE_TAG + question.text, question.answer, image=name))
     lang = rng.choice(LANGS)
-    turns = interview(scene, lang, rng, spec.turns, split="train")
+    turns = interview(scene, lang, rng, rng.randint(2, len(KINDS)))
     asked = [IMAGE_TAG + turns[0].text, *(turn.text for turn in turns[1:])]
     rows.append(_row(f"{stem}-2", "dialogue", lang, asked, [turn.answer for turn in turns], image=name))
     return rows
@@ -135,47 +128,39 @@ def _question_rows(pictures: Iterator[tuple[str, Scene]], spec: ShapesSpec, spli
     rows = []
     for index, (name, scene) in enumerate(pictures):
         rng = random.Random(f"{spec.seed}/{split}/words/{index}")
-        special = [item for item in scene.items if split == "test" and item.combo in HELD_OUT] or list(scene.items)
         for turn, lang in enumerate(LANGS):
-            kind = KINDS[(2 * index + turn) % len(KINDS)]
-            item = rng.choice(special)
-            question = ask(scene, kind, lang, rng, split=split, item=item, present=index % 2 == 0)
+            kind = KINDS[(index + turn) % len(KINDS)]
+            question = ask(scene, kind, lang, rng)
             rows.append(_row(f"{name[:-4]}-{turn}", kind, lang, IMAGE_TAG + question.text, question.answer, image=name))
     return rows
 
 
 def _text_dialogue(spec: ShapesSpec, index: int) -> Row:
-    """A conversation about a scene given in words: a caption, a single question or several.
+    """A conversation about a scene given in words: a caption, a single question, or several questions and perhaps a caption.
 
-    Short contexts and captions, whose every word is copied from the description, are what makes a small LLM learn to
-    look things up at all; long dialogues alone leave it guessing. One in 25 hides the scene (a guess from nothing).
+    Captions, whose every word is found in the description, are what a small LLM learns to look things up from. One question in 25 hides
+    the scene, so that the LLM has an idea what to say when it sees nothing.
     """
     rng, scene = _text_scene(spec, "text_train", index)
     lang, form = rng.choice(LANGS), rng.random()
     request = (rng.choice(CAPTION_REQUESTS[lang]), caption(scene, lang))
-    if form < 0.4:
-        turns = [request]
-    elif form < 0.75:
-        question = ask(scene, rng.choice(KINDS), lang, rng, split="any")
-        turns = [(question.text, question.answer)]
-    else:
-        turns = [(turn.text, turn.answer) for turn in interview(scene, lang, rng, spec.text_turns, split="any")]
-        turns += [request] if rng.random() < 0.3 else []
+    count = 0 if form < 0.25 else 1 if form < 0.45 else len(KINDS)
+    turns = [(question.text, question.answer) for question in interview(scene, lang, rng, count)]
+    if not turns or (count > 1 and rng.random() < 0.3):
+        turns.append(request)
     asked, answered = [turn[0] for turn in turns], [turn[1] for turn in turns]
-    if rng.random() < 0.04 and form >= 0.4:
-        asked, answered = asked[:1], answered[:1]
-    else:
-        asked[0] = _with_description(describe(scene, _mostly(lang, rng), rng), asked[0], rng)
-    if len(asked) == 1:
-        return _row(f"text_train_{index:06d}", "caption" if form < 0.4 else "question", lang, asked[0], answered[0])
-    return _row(f"text_train_{index:06d}", "dialogue", lang, asked, answered)
+    ident, kind = f"text_train_{index:06d}", ("caption", "question", "dialogue")[min(count, 2)]
+    if kind == "question" and rng.random() < 0.04:
+        return _row(ident, kind, lang, asked[0], answered[0])
+    asked[0] = _with_description(describe(scene, _mostly(lang, rng), rng), asked[0], rng)
+    return _row(ident, kind, lang, asked, answered) if len(asked) > 1 else _row(ident, kind, lang, asked[0], answered[0])
 
 
 def _text_question(spec: ShapesSpec, index: int) -> Row:
     """A single question about a scene given in words; kinds and languages come round evenly."""
     rng, scene = _text_scene(spec, "text_val", index)
     kind, lang = KINDS[index % len(KINDS)], LANGS[index // len(KINDS) % len(LANGS)]
-    question = ask(scene, kind, lang, rng, split="any", present=index // 10 % 2 == 0)
+    question = ask(scene, kind, lang, rng)
     asked = _with_description(describe(scene, _mostly(lang, rng), rng), question.text, rng)
     return _row(f"text_val_{index:06d}", kind, lang, asked, question.answer)
 
@@ -187,15 +172,15 @@ def _mostly(lang: str, rng: random.Random) -> str:
 
 def _text_scene(spec: ShapesSpec, split: str, index: int) -> tuple[random.Random, Scene]:
     rng = random.Random(f"{spec.seed}/{split}/words/{index}")
-    return rng, sample_scene(f"{spec.seed}/{split}/{index}", combos="any", max_items=spec.max_items)
+    return rng, sample_scene(f"{spec.seed}/{split}/{index}", combos="any")
 
 
 def _with_description(description: str, question: str, rng: random.Random) -> str:
     """A user turn that gives the scene in words; most of them in the tags that hold a picture later.
 
-    The space after `<Img>` keeps the first word the same token as elsewhere: without it "red" and " red" differ.
+    The spaces inside the tags keep words and tags the same tokens as elsewhere: without them "red" and " red" differ.
     """
-    wrapper = rng.choice(("<Img> {d}</Img> {q}", "<Img> {d}</Img> {q}", "{d}\n{q}"))
+    wrapper = rng.choice(("<Img> {d} </Img> {q}", "<Img> {d} </Img> {q}", "{d}\n{q}"))
     return wrapper.format(d=description, q=question)
 
 

@@ -3,45 +3,31 @@
 import random
 from dataclasses import dataclass
 
-from lavis.datasets.shapes.scene import COLOURS, HELD_OUT, PLACES, SHAPES, Item, Scene
+from lavis.datasets.shapes.scene import COLOURS, MAX_COUNT, SHAPES, SIDES, Scene
 
 LANGS: tuple[str, ...] = ("en", "zh")
-KINDS: tuple[str, ...] = ("colour", "shape", "count", "side", "exist")
+KINDS: tuple[str, ...] = ("colour", "shape", "count", "side")
 
+_NUMBERS = ("one", "two", "three", "four")[:MAX_COUNT]
 _ZH = {
     "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色",
     "blue": "蓝色", "purple": "紫色", "pink": "粉色", "black": "黑色",
     "circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "cross": "十字形", "ring": "圆环",
-    "top left": "左上角", "top right": "右上角", "bottom left": "左下角", "bottom right": "右下角",
-    "one": "一个", "two": "两个", "three": "三个", "four": "四个", "yes": "有", "no": "没有",
+    "left": "左边", "right": "右边", "top": "上边", "bottom": "下边",
+    "one": "一个", "two": "两个", "three": "三个", "four": "四个",
 }  # fmt: skip
-_NUMBERS = ("one", "two", "three", "four")
-
-# A question names its object by colour ({c}), shape ({s}), corner ({p}) or colour and shape ({cs}).
 _QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
-        "colour": (
-            "What color is the {s}?",
-            "Which color does the {s} have?",
-            "What is the color of the {s}?",
-            "What color is the object at the {p}?",
-        ),
-        "shape": (
-            "What shape is the {c} object?",
-            "Which shape does the {c} object have?",
-            "What is the shape of the {c} object?",
-            "What shape is the object at the {p}?",
-        ),
-        "count": ("How many objects are there?", "How many shapes do you see?", "What is the number of objects?"),
-        "side": ("Where is the {s}?", "Where is the {c} object?", "Where is the {cs}?", "In which corner is the {s}?"),
-        "exist": ("Is there a {cs}?", "Do you see a {cs}?", "Is a {cs} there?"),
+        "colour": ("What color do you see?", "Which color is in the picture?", "What color is shown here?"),
+        "shape": ("What shape do you see?", "Which shape is in the picture?", "What shape is shown here?"),
+        "count": ("How many shapes do you see?", "How many are in the picture?", "What number of shapes is shown here?"),
+        "side": ("On which side do you see it?", "Where in the picture is it?", "Which side is it on?"),
     },
     "zh": {
-        "colour": ("{s}是什么颜色？", "{s}的颜色是什么？", "{p}的物体是什么颜色？"),
-        "shape": ("{c}的物体是什么形状？", "{c}物体的形状是什么？", "{p}的物体是什么形状？"),
-        "count": ("有几个物体？", "图形有几个？", "一共有几个物体？"),
-        "side": ("{s}在哪里？", "{c}的物体在哪里？", "{c}的{s}在哪里？", "{s}在哪个角？"),
-        "exist": ("有{c}的{s}吗？", "有没有{c}的{s}？", "能看到{c}的{s}吗？"),
+        "colour": ("你看到什么颜色？", "图片里是什么颜色？", "这里是哪种颜色？"),
+        "shape": ("你看到什么形状？", "图片里是什么形状？", "这里是哪种形状？"),
+        "count": ("你看到几个图形？", "图片里有几个图形？", "一共有多少个？"),
+        "side": ("在图片的哪一边？", "图形在哪里？", "位置在哪边？"),
     },
 }
 CAPTION_REQUESTS: dict[str, tuple[str, ...]] = {
@@ -49,115 +35,58 @@ CAPTION_REQUESTS: dict[str, tuple[str, ...]] = {
     "zh": ("描述这张图片。", "图片里有什么？", "说说你看到了什么。"),
 }
 
-CHINESE_WORDS: tuple[str, ...] = (
-    *_ZH.values(), "有没有", "物体", "颜色", "形状", "图形", "图片", "什么", "哪里", "哪个角", "几个", "一共", "看到",
-)  # fmt: skip
-"""Words for a tokenizer to keep whole: Chinese has no spaces, and merges across words ("红色的圆") would make each
-colour-shape pair a token of its own, so that a pair never seen could not be said."""
-
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its one right answer. `target` is the object asked about (None for counts and refused objects)."""
+    """A question with its one right answer."""
 
     kind: str
     lang: str
     text: str
     answer: str
-    target: Item | None = None
 
 
 def word(name: str, lang: str) -> str:
-    """The word for a colour, shape, place, number or yes/no, given by its English name."""
+    """The word for a colour, shape, side or number, given by its English name."""
     return name if lang == "en" else _ZH[name]
 
 
-def answers(kind: str, lang: str, max_items: int = 3) -> tuple[str, ...]:
+def answers(kind: str, lang: str) -> tuple[str, ...]:
     """All canonical answers of a question kind."""
-    names = {
-        "colour": tuple(COLOURS),
-        "shape": SHAPES,
-        "count": _NUMBERS[:max_items],
-        "side": tuple(PLACES),
-        "exist": ("yes", "no"),
-    }[kind]
+    names = {"colour": tuple(COLOURS), "shape": SHAPES, "count": _NUMBERS, "side": SIDES}[kind]
     return tuple(word(name, lang) for name in names)
 
 
 def caption(scene: Scene, lang: str) -> str:
-    """The full caption, objects in reading order; it determines the scene up to jitter."""
-    return _sentence(list(scene.items), lang)
-
-
-def _sentence(items: list[Item], lang: str) -> str:
+    """The full caption; it determines the scene up to jitter."""
+    number = _NUMBERS[scene.count - 1]
     if lang == "en":
-        return ", ".join(f"{item.colour} {item.shape} at the {item.place}" for item in items) + "."
-    return "，".join(f"{_ZH[i.colour]}的{_ZH[i.shape]}在{_ZH[i.place]}" for i in items) + "。"
+        place = f"on the {scene.side}" if scene.side in ("left", "right") else f"at the {scene.side}"
+        return f"{number.capitalize()} {scene.colour} {_plural(scene.shape, scene.count)} {place}."
+    return f"{_ZH[scene.side]}有{_ZH[number]}{_ZH[scene.colour]}的{_ZH[scene.shape]}。"
 
 
 def describe(scene: Scene, lang: str, rng: random.Random) -> str:
-    """A textual stand-in for the picture: a sentence or a bare list, its objects in any order."""
-    items = rng.sample(scene.items, len(scene.items))
+    """A textual stand-in for the picture: the caption, or a bare list of its four facts in any order."""
     if rng.random() < 0.5:
-        return _sentence(items, lang)
-    gap, comma = (" ", ", ") if lang == "en" else ("", "，")
-    return comma.join(gap.join(word(name, lang) for name in (i.colour, i.shape, i.place)) for i in items)
+        return caption(scene, lang)
+    facts = [word(name, lang) for name in (scene.colour, scene.shape, scene.side, _NUMBERS[scene.count - 1])]
+    rng.shuffle(facts)
+    return (", " if lang == "en" else "，").join(facts)
 
 
-def ask(
-    scene: Scene,
-    kind: str,
-    lang: str,
-    rng: random.Random,
-    *,
-    split: str,
-    item: Item | None = None,
-    by: str = "",
-    present: bool | None = None,
-) -> Question:
-    """Put a question of a kind to a scene.
-
-    Args:
-        split: "train" never names a held-out pair in a question about absence; "test" and "any" may.
-        item: the object to ask about; drawn at random when not given.
-        by: how the object is named: "c", "s", "p" or "cs" (colour, shape, corner); any way when empty.
-        present: whether an existence question names `item` or something that is not there; drawn when not given.
-    """
-    item = item or rng.choice(scene.items)
-    template = rng.choice([t for t in _QUESTIONS[lang][kind] if not by or f"{{{by}}}" in t])
-    if kind == "exist":
-        present = rng.random() < 0.5 if present is None else present
-        colour, shape = item.combo if present else _absent(scene, item, rng, split)
-        text = _fill(template, lang, colour, shape, item.place)
-        return Question(kind, lang, text, word("yes" if present else "no", lang), item if present else None)
-    text = _fill(template, lang, item.colour, item.shape, item.place)
-    if kind == "count":
-        return Question(kind, lang, text, word(_NUMBERS[len(scene.items) - 1], lang))
-    name = {"colour": item.colour, "shape": item.shape, "side": item.place}[kind]
-    return Question(kind, lang, text, word(name, lang), item)
+def ask(scene: Scene, kind: str, lang: str, rng: random.Random) -> Question:
+    """Put a question of a kind to a scene, in one of its phrasings."""
+    name = {"colour": scene.colour, "shape": scene.shape, "count": _NUMBERS[scene.count - 1], "side": scene.side}[kind]
+    return Question(kind, lang, rng.choice(_QUESTIONS[lang][kind]), word(name, lang))
 
 
-def interview(scene: Scene, lang: str, rng: random.Random, count: int, *, split: str) -> list[Question]:
-    """Up to `count` questions, none of which is answered by the words of an earlier one.
-
-    All name their objects in one way (by colour, by shape or by corner), so that no question joins two attributes
-    of an object; an existence question does, and comes last.
-    """
-    by, kinds = rng.choice((("c", ("shape", "side")), ("s", ("colour", "side")), ("p", ("colour", "shape"))))
-    facts = [ask(scene, kind, lang, rng, split=split, item=item, by=by) for item in scene.items for kind in kinds]
-    facts.append(ask(scene, "count", lang, rng, split=split))
-    return [*rng.sample(facts, min(count - 1, len(facts))), ask(scene, "exist", lang, rng, split=split)]
+def interview(scene: Scene, lang: str, rng: random.Random, count: int) -> list[Question]:
+    """`count` questions of different kinds (at most one of each) in any order."""
+    return [ask(scene, kind, lang, rng) for kind in rng.sample(KINDS, min(count, len(KINDS)))]
 
 
-def _absent(scene: Scene, item: Item, rng: random.Random, split: str) -> tuple[str, str]:
-    """A pair that is not in the scene but shares its colour or its shape with `item`."""
-    near = [(item.colour, s) for s in SHAPES] if rng.random() < 0.5 else [(c, item.shape) for c in COLOURS]
-    barred = scene.combos | HELD_OUT if split == "train" else scene.combos
-    return rng.choice([pair for pair in near if pair not in barred])
-
-
-def _fill(template: str, lang: str, colour: str, shape: str, place: str) -> str:
-    c, s, p = word(colour, lang), word(shape, lang), word(place, lang)
-    if lang == "en" and colour == "orange":
-        template = template.replace(" a {cs}", " an {cs}").replace("Is a {cs}", "Is an {cs}")
-    return template.format(c=c, s=s, p=p, cs=f"{c} {s}")
+def _plural(shape: str, count: int) -> str:
+    if count == 1:
+        return shape
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"

@@ -1,7 +1,7 @@
 """Scenes of the shapes world: what is in a picture, how one is drawn at random, and how it is rendered.
 
-A scene holds one to four objects, each in a corner of its own. No two objects share a colour or a shape, so "the red
-object", "the circle" and "the object at the top left" each name one thing and every question has one right answer.
+A scene is a group of one to four equal objects in a row along one side of the picture: "three red circles on the left". Colour, shape,
+number and side each have one right name, so every question has one right answer.
 """
 
 import math
@@ -25,13 +25,9 @@ COLOURS: dict[str, Rgb] = {
     "black": (28, 28, 32),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
-PLACES: dict[str, tuple[float, float]] = {
-    "top left": (0.25, 0.25),
-    "top right": (0.75, 0.25),
-    "bottom left": (0.25, 0.75),
-    "bottom right": (0.75, 0.75),
-}
-"""Centre (x, y) of each corner's cell, as a share of the side; y grows downwards."""
+SIDES: tuple[str, ...] = ("left", "right", "top", "bottom")
+MAX_COUNT = 4
+"""Most objects in a scene."""
 
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     {
@@ -45,8 +41,10 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
 )
 """(colour, shape) pairs that no training or validation picture shows."""
 
-_JITTER = 0.045
-_RADIUS = (0.145, 0.185)
+_SLOTS = (0.13, 0.38, 0.62, 0.87)  # along the side
+_DEPTH = 0.17  # from the side
+_JITTER = 0.02
+_RADIUS = (0.085, 0.11)
 _COLOUR_JITTER = 12
 _SUPERSAMPLE = 4
 
@@ -56,12 +54,26 @@ class Item:
     """One object. `x`, `y` (centre) and `radius` are shares of the picture's side; `tint` is the drawn colour."""
 
     shape: str
-    colour: str
-    place: str
     x: float
     y: float
     radius: float
     tint: Rgb
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Equal objects along one side, over a vertical two-colour gradient."""
+
+    colour: str
+    shape: str
+    side: str
+    items: tuple[Item, ...]
+    background: tuple[Rgb, Rgb]
+
+    @property
+    def count(self) -> int:
+        """How many objects there are."""
+        return len(self.items)
 
     @property
     def combo(self) -> tuple[str, str]:
@@ -69,62 +81,42 @@ class Item:
         return self.colour, self.shape
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Objects in reading order (top left, top right, bottom left, bottom right) over a vertical two-colour gradient."""
-
-    items: tuple[Item, ...]
-    background: tuple[Rgb, Rgb]
-
-    @property
-    def combos(self) -> frozenset[tuple[str, str]]:
-        """All (colour, shape) pairs in the scene."""
-        return frozenset(item.combo for item in self.items)
-
-
-def sample_scene(key: str, *, combos: Combos = "seen", max_items: int = 3) -> Scene:
+def sample_scene(key: str, *, combos: Combos = "seen") -> Scene:
     """Draw a scene: a pure function of its arguments.
 
     Args:
         key: names the scene, e.g. "seed/split/index".
-        combos: "seen" excludes held-out pairs, "held_out" puts in at least one, "any" does not look.
-        max_items: most objects in a scene, 1 to 4; the count is uniform.
+        combos: "seen" excludes held-out pairs, "held_out" draws one of them, "any" does not look.
 
     Raises:
-        ValueError: `max_items` or `combos` out of range.
+        ValueError: `combos` is none of these.
     """
-    if not 1 <= max_items <= len(PLACES):
-        raise ValueError(f"max_items is {max_items}; it must be 1 to {len(PLACES)}")
     if combos not in ("seen", "held_out", "any"):
         raise ValueError(f"combos is {combos!r}; it must be 'seen', 'held_out' or 'any'")
     rng = random.Random(key)
-    count = rng.randint(1, max_items)
-    pairs = _sample_pairs(rng, count, combos)
-    places = sorted(rng.sample(list(PLACES), count), key=list(PLACES).index)
-    items = tuple(_place_item(rng, colour, shape, place) for (colour, shape), place in zip(pairs, places, strict=True))
-    return Scene(items=items, background=(_light(rng), _light(rng)))
+    colour, shape = rng.choice(_PAIRS[combos])
+    side, count = rng.choice(SIDES), rng.randint(1, MAX_COUNT)
+    # One object alone stands near the middle of its side: in a corner it would be on two sides.
+    slots = [rng.choice(_SLOTS[1:3])] if count == 1 else sorted(rng.sample(_SLOTS, count))
+    items = tuple(_place_item(rng, colour, shape, side, slot) for slot in slots)
+    return Scene(colour, shape, side, items, background=(_light(rng), _light(rng)))
 
 
-def _sample_pairs(rng: random.Random, count: int, combos: Combos) -> list[tuple[str, str]]:
-    """Pairs without a repeated colour or shape, drawn again until they suit `combos`."""
-    while True:
-        pairs = list(zip(rng.sample(list(COLOURS), count), rng.sample(SHAPES, count), strict=True))
-        if combos == "held_out" and not HELD_OUT.intersection(pairs):
-            pairs[rng.randrange(count)] = rng.choice(sorted(HELD_OUT))
-            if any(len({pair[i] for pair in pairs}) < count for i in (0, 1)):
-                continue
-        if combos != "seen" or not HELD_OUT.intersection(pairs):
-            return pairs
+_ALL_PAIRS = [(c, s) for c in COLOURS for s in SHAPES]
+_PAIRS: dict[str, list[tuple[str, str]]] = {
+    "any": _ALL_PAIRS,
+    "seen": [pair for pair in _ALL_PAIRS if pair not in HELD_OUT],
+    "held_out": [pair for pair in _ALL_PAIRS if pair in HELD_OUT],
+}
 
 
-def _place_item(rng: random.Random, colour: str, shape: str, place: str) -> Item:
-    centre_x, centre_y = PLACES[place]
+def _place_item(rng: random.Random, colour: str, shape: str, side: str, slot: float) -> Item:
+    depth = _DEPTH if side in ("left", "top") else 1 - _DEPTH
+    x, y = (depth, slot) if side in ("left", "right") else (slot, depth)
     return Item(
         shape=shape,
-        colour=colour,
-        place=place,
-        x=centre_x + rng.uniform(-_JITTER, _JITTER),
-        y=centre_y + rng.uniform(-_JITTER, _JITTER),
+        x=x + rng.uniform(-_JITTER, _JITTER),
+        y=y + rng.uniform(-_JITTER, _JITTER),
         radius=rng.uniform(*_RADIUS),
         tint=tuple(min(255, max(0, c + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER))) for c in COLOURS[colour]),
     )
