@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `lavis demo`."""
-    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="values that override shapes/align")
+    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="values that override the two recipes, shapes/align and shapes/evaluate_tower")
     parser.add_argument("--questions", type=int, default=8, help="answered questions shown at the end")
 
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from lavis.runners.report import draw_answers
 
     setup_logging()
-    align, tower = load_recipe("shapes/align", args.options), load_recipe("shapes/evaluate_tower")
+    align, tower = load_recipe("shapes/align", args.options), load_recipe("shapes/evaluate_tower", args.options)
     print("The vision tower with the LLM it was trained with:", flush=True)
     with_own_llm = RUNNERS.get(tower.run.runner)(tower).run()["results"]["test/test/accuracy"]
     print("\nThe same tower before an LLM it has never met; only the linear layer between them is trained:", flush=True)
