@@ -155,6 +155,9 @@ class RunConfig:
     batch_size_train: int = opt(1, "micro-batch: samples (packed: rows of pack_length) per rank and forward", at_least=1)
     batch_size_eval: int = opt(16, "samples per rank and forward in validation and generation", at_least=1)
     accum_grad_iters: int = opt(1, "micro-batches per optimiser step", at_least=1)
+    global_batch_size: Optional[int] = opt(
+        None, "samples (packed: rows) per optimiser step over all ranks; accum_grad_iters then follows from it", at_least=1
+    )
     num_workers: int = opt(4, "processes per rank that load images; 0 loads in the training process", at_least=0)
     packing: bool = opt(False, "pack samples into rows of pack_length with block-diagonal attention")
     pack_length: int = opt(2048, "tokens of a packed row", at_least=8)

@@ -10,9 +10,9 @@ from torch import nn
 
 from lavis.common.config import Recipe
 from lavis.common.dist import World
-from lavis.common.errors import TrainingError
+from lavis.common.errors import ConfigError, TrainingError
 from lavis.common.registries import PROCESSORS
-from lavis.common.schema import ProcessorConfig
+from lavis.common.schema import ProcessorConfig, RunConfig
 from lavis.datasets.assemble import make_builders, prepare_split
 from lavis.datasets.loader import ImageFolder, ImageSource, TrainLoader
 from lavis.datasets.prepare import PreparedTable
@@ -23,6 +23,19 @@ from lavis.tasks.base import Task
 log = logging.getLogger(__name__)
 _IMAGES_BEFORE_STOPPING = 100
 """The share of bad images is judged once this many were read."""
+
+
+def accumulation(run: RunConfig, world_size: int) -> int:
+    """Micro-batches per rank and optimiser step. Raises ConfigError when run.global_batch_size can't be cut evenly."""
+    if run.global_batch_size is None:
+        return run.accum_grad_iters
+    accum, rest = divmod(run.global_batch_size, run.batch_size_train * world_size)
+    if rest or not accum:
+        raise ConfigError(
+            f"run.global_batch_size is {run.global_batch_size}, which is no multiple of batch_size_train x ranks "
+            f"({run.batch_size_train} x {world_size}): change one of them."
+        )
+    return accum
 
 
 class RunData:
@@ -54,7 +67,7 @@ class RunData:
         return StepPlan(
             np.concatenate([t.lengths for t in self.train_tables]),
             batch_size=run.batch_size_train,
-            accum=run.accum_grad_iters,
+            accum=accumulation(run, self.world.size),
             world_size=self.world.size,
             seed=run.seed,
             length_grouping=run.length_grouping,

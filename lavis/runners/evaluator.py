@@ -15,7 +15,6 @@ from lavis.datasets.loader import eval_batches
 from lavis.datasets.prepare import PreparedTable
 from lavis.datasets.template import without_images
 from lavis.datasets.types import Conversation, ImageRef, Message
-from lavis.runners.checkpoint import best_checkpoint, complete_checkpoints
 from lavis.runners.data import RunData
 from lavis.runners.report import SampleReport
 from lavis.tasks.base import Task
@@ -84,11 +83,6 @@ class Evaluator:
         )
         if self.world.is_main:
             SampleReport(self.folder).add(step, answers)
-
-    def best_loss_so_far(self) -> float | None:
-        """The lowest validation loss among the run's checkpoints."""
-        best = best_checkpoint(complete_checkpoints(self.folder / "checkpoints"))
-        return best.valid_loss if best else None
 
     def _prompts(self) -> list[Conversation]:
         if self.run.sample_prompts:

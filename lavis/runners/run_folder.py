@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 """Written when a run has ended."""
 _FREE_RUN_KEYS = frozenset(
-    "max_epoch max_steps batch_size_train batch_size_eval accum_grad_iters num_workers max_bad_image_share log_freq eval_freq "
+    "max_epoch max_steps batch_size_train batch_size_eval accum_grad_iters global_batch_size num_workers max_bad_image_share log_freq eval_freq "
     "save_freq keep_checkpoints output_dir export export_dtype trackers device world_size dist_url distributed resume "
     "resume_ckpt_path resume_ckpt_load_dir resume_ckpt_tag sample_prompts num_sample_prompts valid_splits test_splits evaluate "
     "evaluate_blind evaluate_before max_eval_samples max_new_tokens cache_features".split()
@@ -56,9 +56,9 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
         checkpoint = newest_run(output_dir, lambda folder: _unfinished_of(recipe, folder))
     else:
         checkpoint = None
-    if checkpoint:
+    if checkpoint and not run.evaluate:
         return RunFolder(checkpoint.path.parent.parent, checkpoint)
-    return RunFolder(_new_folder(output_dir), None)
+    return RunFolder(_new_folder(output_dir), checkpoint)
 
 
 def recipe_differences(recipe: Recipe, saved: Path) -> list[str]:

@@ -20,7 +20,7 @@ from lavis.common.paths import cache_root
 from lavis.common.registries import RUNNERS, TASKS
 from lavis.datasets.types import Batch
 from lavis.models.llm import DTYPES
-from lavis.runners.checkpoint import TrainState, identity, prune, save_checkpoint
+from lavis.runners.checkpoint import TrainState, best_checkpoint, complete_checkpoints, identity, prune, save_checkpoint
 from lavis.runners.data import RunData
 from lavis.runners.evaluator import Evaluator
 from lavis.runners.metrics import MetricsLog, peak_memory_bytes
@@ -186,7 +186,7 @@ class RunnerBase:
     def _save(self, step: int, valid_loss: float | None) -> None:
         if self.world.is_main:
             folder = self.folder / "checkpoints"
-            state = TrainState(step, self._global_batch(), self.strategy.scaler.state_dict(), self.frozen, valid_loss)
+            state = TrainState(step, self.data.plan.global_batch, self.strategy.scaler.state_dict(), self.frozen, valid_loss)
             tensors = {name: p for name, p in trainable_parameters(self.model).items()}
             save_checkpoint(folder, state, tensors, self.strategy.state_tensors(), self.recipe.to_yaml())
             prune(folder, self.run_config.keep_checkpoints)
@@ -199,16 +199,17 @@ class RunnerBase:
             raise CheckpointError(
                 f"{self.checkpoint.path} was trained with other frozen weights than those there now: model.{', model.'.join(changed)}."
             )
-        if state.global_batch != self._global_batch():
+        if state.global_batch != self.data.plan.global_batch:
             raise CheckpointError(
-                f"{self.checkpoint.path} was trained with {state.global_batch} rows per step, now it would be {self._global_batch()} "
-                "(batch_size_train x accum_grad_iters x ranks): keep the product to go on exactly."
+                f"{self.checkpoint.path} was trained with {state.global_batch} rows per step, now it would be {self.data.plan.global_batch} "
+                "(batch_size_train x accum_grad_iters x ranks): keep the product to go on exactly, or set run.global_batch_size."
             )
         self._load_trained(self.checkpoint.tensors())
         self.strategy.load_state_tensors(self.checkpoint.optimizer_tensors())
         if state.loss_scale:
             self.strategy.scaler.load_state_dict(state.loss_scale)
-        self.best_loss = self.evaluator.best_loss_so_far()
+        best = best_checkpoint(complete_checkpoints(self.folder / "checkpoints"))
+        self.best_loss = best.valid_loss if best else None
         log.info("resumed from %s at step %d", self.checkpoint.path, state.step)
         return state.step
 
@@ -221,9 +222,6 @@ class RunnerBase:
             for name, value in tensors.items():
                 own[name].copy_(value)
 
-    def _global_batch(self) -> int:
-        return self.run_config.batch_size_train * self.run_config.accum_grad_iters * self.world.size
-
     # -- beginning and end
 
     def _describe(self) -> None:
@@ -234,7 +232,7 @@ class RunnerBase:
         log.info("training %s of %s parameters: %s", f"{count:,}", f"{total:,}", shown)
         log.info(
             "%d samples, %d steps per epoch, %d steps in all, %d rows per step on %d rank(s) on %s",
-            self.data.num_train_samples, self.span.steps_per_epoch, self.span.total_steps, self._global_batch(),
+            self.data.num_train_samples, self.span.steps_per_epoch, self.span.total_steps, self.data.plan.global_batch,
             self.world.size, self.world.device,
         )  # fmt: skip
 
@@ -243,7 +241,10 @@ class RunnerBase:
         summary |= {"trainable_parameters": count, "total_parameters": total, "run_folder": str(self.folder)}
         written = [self.folder / "config.yaml", self.folder / "metrics.jsonl", self.folder / "report.html"]
         if self.world.is_main and not self.run_config.evaluate:
-            written += [p for p in [plot_loss(self.folder)] if p] + [self.folder / "checkpoints"]
+            checkpoints = complete_checkpoints(self.folder / "checkpoints")
+            best = best_checkpoint(checkpoints)
+            summary["last"], summary["best"] = str(checkpoints[-1].path), str(best.path) if best else None
+            written += [p for p in (plot_loss(self.folder), checkpoints[-1].path) if p]
             if self.run_config.export:
                 folder = Path(self.run_config.export)
                 folder = folder if folder.is_absolute() else cache_root() / folder

@@ -14,12 +14,12 @@ from lavis.datasets.shapes.language import KINDS, LANGS, answers, ask, caption, 
 from lavis.datasets.shapes.scene import COLOURS, SHAPES, SIDES
 
 SPEC = ShapesSpec(train=40, val=20, test=40, text_train=60, text_val=40)
-NUMBERS = ("one", "two", "three", "four")
+NUMBERS = ("one", "two", "three")
 ZH = {
     **dict(zip(COLOURS, ("红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "粉色", "黑色"), strict=True)),
     **dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形", "十字形", "圆环"), strict=True)),
     **dict(zip(SIDES, ("左边", "右边", "上边", "下边"), strict=True)),
-    **dict(zip(NUMBERS, ("一个", "两个", "三个", "四个"), strict=True)),
+    **dict(zip(NUMBERS, ("一个", "两个", "三个"), strict=True)),
 }
 
 

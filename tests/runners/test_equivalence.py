@@ -9,6 +9,7 @@ STEPS = 5
 LAYOUTS = {
     "accumulation": (1, ["run.batch_size_train=2", "run.accum_grad_iters=4"]),
     "data-parallel": (2, ["run.batch_size_train=4"]),
+    "a global batch size": (2, ["run.batch_size_train=2", "run.global_batch_size=8"]),
     "data-parallel with accumulation": (2, ["run.batch_size_train=1", "run.accum_grad_iters=4"]),
     "cached features": (1, ["run.batch_size_train=8", "run.cache_features=true"]),
     "workers": (1, ["run.batch_size_train=8", "run.num_workers=2"]),

@@ -99,21 +99,21 @@ def test_resuming_something_else_is_refused(cache, tmp_path):
 def test_changed_frozen_weights_are_refused(cache, tmp_path):
     own = tmp_path / "cache"
     shutil.copytree(cache, own)
-    first = train(own, tmp_path, "run.max_steps=2", "run.save_freq=1")
+    first = train(own, tmp_path, "run.max_steps=3", "run.save_freq=1")
     from safetensors.torch import load_file, save_file
 
     file = own / "tiny/tower.safetensors"
     tensors = load_file(file)
     tensors["ln_vision.bias"] += 1
     save_file(tensors, file)
-    message = failing(own, tmp_path, f"run.resume={first}", "run.max_steps=2")
+    message = failing(own, tmp_path, f"run.resume={first}", "run.max_steps=3")
     assert "other frozen weights" in message and "model.pretrained" in message
 
 
 def test_a_finished_run_is_not_resumed_by_auto(cache, tmp_path):
-    train(cache, tmp_path, "run.max_steps=2")
+    train(cache, tmp_path, "run.max_steps=3")
     done = subprocess.run(
-        command(tmp_path / "recipe.yaml", "run.max_steps=2", "run.resume=auto"), cwd=tmp_path, env=environment(cache), timeout=300
+        command(tmp_path / "recipe.yaml", "run.max_steps=3", "run.resume=auto"), cwd=tmp_path, env=environment(cache), timeout=300
     )
     assert done.returncode == 0
     assert len(list((tmp_path / "output").iterdir())) == 2

@@ -48,6 +48,26 @@ def test_the_exported_projection_is_the_trained_one_and_evaluates_alone(cache, t
     assert json.loads((again / "summary.json").read_text())["results"] == expected
 
 
+def test_a_run_is_evaluated_from_its_checkpoint_into_a_folder_of_its_own(cache, tmp_path):
+    options = ["run.test_splits=[test]", "run.max_new_tokens=3"]
+    run = train(cache, tmp_path, *options)
+    config = (run / "config.yaml").read_text()
+    done = subprocess.run(
+        command(tmp_path / "recipe.yaml", *options, "run.evaluate=true", f"run.resume={run}"), cwd=tmp_path, env=environment(cache), timeout=300
+    )
+    assert done.returncode == 0
+    (other,) = set((tmp_path / "output").iterdir()) - {run}
+    results = [json.loads((folder / "summary.json").read_text())["results"] for folder in (run, other)]
+    assert results[0] == results[1] and (run / "config.yaml").read_text() == config
+
+
+def test_mixed_precision_on_the_cpu_stays_near_fp32(cache, tmp_path):
+    exact = train_lines(train(cache, tmp_path / "fp32"))
+    mixed = train_lines(train(cache, tmp_path / "bf16", "run.autocast_on_cpu=true"))
+    assert all(abs(a["loss"] - b["loss"]) < 0.05 * a["loss"] for a, b in zip(exact, mixed, strict=True))
+    assert [a["loss"] for a in exact] != [b["loss"] for b in mixed]
+
+
 def stops(cache, folder, *options):
     done = subprocess.run(
         command(write_recipe(folder), *options), cwd=folder, env=environment(cache), capture_output=True, text=True, timeout=300

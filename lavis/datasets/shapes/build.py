@@ -14,7 +14,7 @@ from lavis.datasets.shapes.language import CAPTION_REQUESTS, KINDS, LANGS, ask, 
 from lavis.datasets.shapes.scene import Combos, Scene, render, sample_scene
 
 Row = dict[str, Any]
-FORMAT = 4
+FORMAT = 5
 """Raised when the same spec would write different files."""
 
 IMAGE_TAG = "<Img><ImageHere></Img> "
@@ -52,10 +52,9 @@ def ensure_shapes(root: Path, spec: ShapesSpec = ShapesSpec()) -> Path:
     """
     root = Path(root)
     wanted = {"format": FORMAT, **asdict(spec)}
-    spec_file = root / _SPEC_FILE
-    if spec_file.is_file() and json.loads(spec_file.read_text(encoding="utf-8")) == wanted:
+    if _holds(root, wanted):
         return root
-    if root.exists() and not spec_file.is_file() and any(root.iterdir()):
+    if root.exists() and not (root / _SPEC_FILE).is_file() and any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty and holds no {_SPEC_FILE}: choose another folder or empty it")
     root.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -64,9 +63,17 @@ def ensure_shapes(root: Path, spec: ShapesSpec = ShapesSpec()) -> Path:
         _write_json(work / _SPEC_FILE, wanted)
         work.chmod(0o755)  # mkdtemp makes it private
         _move_into_place(work, root)
+    except OSError:
+        if not _holds(root, wanted):  # unless another process made the same world in the meantime
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return root
+
+
+def _holds(root: Path, wanted: dict[str, Any]) -> bool:
+    spec_file = root / _SPEC_FILE
+    return spec_file.is_file() and json.loads(spec_file.read_text(encoding="utf-8")) == wanted
 
 
 def _move_into_place(work: Path, root: Path) -> None:

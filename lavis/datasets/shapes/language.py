@@ -8,13 +8,13 @@ from lavis.datasets.shapes.scene import COLOURS, MAX_COUNT, SHAPES, SIDES, Scene
 LANGS: tuple[str, ...] = ("en", "zh")
 KINDS: tuple[str, ...] = ("colour", "shape", "count", "side")
 
-_NUMBERS = ("one", "two", "three", "four")[:MAX_COUNT]
+_NUMBERS = ("one", "two", "three")[:MAX_COUNT]
 _ZH = {
     "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色",
     "blue": "蓝色", "purple": "紫色", "pink": "粉色", "black": "黑色",
     "circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "cross": "十字形", "ring": "圆环",
     "left": "左边", "right": "右边", "top": "上边", "bottom": "下边",
-    "one": "一个", "two": "两个", "three": "三个", "four": "四个",
+    "one": "一个", "two": "两个", "three": "三个",
 }  # fmt: skip
 _QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {

@@ -1,6 +1,6 @@
 """Scenes of the shapes world: what is in a picture, how one is drawn at random, and how it is rendered.
 
-A scene is a group of one to four equal objects in a row along one side of the picture: "three red circles on the left". Colour, shape,
+A scene is a group of one to three equal objects in a row along one side of the picture: "three red circles on the left". Colour, shape,
 number and side each have one right name, so every question has one right answer.
 """
 
@@ -26,7 +26,7 @@ COLOURS: dict[str, Rgb] = {
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
 SIDES: tuple[str, ...] = ("left", "right", "top", "bottom")
-MAX_COUNT = 4
+MAX_COUNT = 3
 """Most objects in a scene."""
 
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
@@ -41,10 +41,10 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
 )
 """(colour, shape) pairs that no training or validation picture shows."""
 
-_SLOTS = (0.13, 0.38, 0.62, 0.87)  # along the side
-_DEPTH = 0.17  # from the side
+_SLOTS = (0.18, 0.5, 0.82)  # along the side
+_DEPTH = 0.2  # from the side
 _JITTER = 0.02
-_RADIUS = (0.085, 0.11)
+_RADIUS = (0.125, 0.15)
 _COLOUR_JITTER = 12
 _SUPERSAMPLE = 4
 
@@ -96,8 +96,8 @@ def sample_scene(key: str, *, combos: Combos = "seen") -> Scene:
     rng = random.Random(key)
     colour, shape = rng.choice(_PAIRS[combos])
     side, count = rng.choice(SIDES), rng.randint(1, MAX_COUNT)
-    # One object alone stands near the middle of its side: in a corner it would be on two sides.
-    slots = [rng.choice(_SLOTS[1:3])] if count == 1 else sorted(rng.sample(_SLOTS, count))
+    # One object alone stands in the middle of its side: in a corner it would be on two sides.
+    slots = [_SLOTS[1]] if count == 1 else sorted(rng.sample(_SLOTS, count))
     items = tuple(_place_item(rng, colour, shape, side, slot) for slot in slots)
     return Scene(colour, shape, side, items, background=(_light(rng), _light(rng)))
 
