@@ -93,8 +93,11 @@ def _something_to_train(recipe: Recipe) -> Iterator[str]:
         yield "nothing would be trained, everything is frozen: set model.freeze_proj=false, or run.evaluate=true."
     if model.get_lora and not model.lora_parts:
         yield "model.get_lora needs a part to adapt: name llm, vit or qformer in model.lora_parts."
-    if model.get_lora and "llm" in model.lora_parts and not model.freeze_llm:
-        yield "model.get_lora adapts a frozen LLM, but model.freeze_llm is false: choose one of the two."
+    for part in model.lora_parts if model.get_lora else ():
+        if not getattr(model, f"freeze_{part}") or (part == "vit" and model.unfreeze_pos_embed):
+            yield f"model.get_lora adapts a frozen {part}, but model.freeze_{part} is false (or a part of it is trained): choose one of the two."
+    if not (model.pretrained or model.load_finetuned) and model.freeze_vit and model.freeze_qformer:
+        yield "the vision tower is frozen but has no weights: name model.pretrained, or train it (model.freeze_vit=false, model.freeze_qformer=false)."
 
 
 def _feature_cache(recipe: Recipe) -> Iterator[str]:
@@ -112,6 +115,8 @@ def _feature_cache(recipe: Recipe) -> Iterator[str]:
         yield f"run.cache_features needs a frozen image encoder; yours is trained ({', '.join(trained)}): set it to false."
     for name, dataset in recipe.datasets.items():
         processor = dataset.vis_processor.train.name
+        if dataset.data_type != "text" and processor not in RANDOM_PROCESSORS and dataset.vis_processor.train != dataset.vis_processor.eval:
+            yield f"run.cache_features keeps one view, but datasets.{name}.vis_processor.train and .eval differ: make them the same."
         if dataset.data_type != "text" and processor in RANDOM_PROCESSORS:
             key = f"datasets.{name}.vis_processor.train.name"
             yield f"run.cache_features keeps one view, but {key} {processor} crops at random: use blip2_image_eval."
@@ -125,7 +130,7 @@ def _sizes(recipe: Recipe) -> Iterator[str]:
         yield f"run.pack_length {run.pack_length} is shorter than {longest}: raise the one or lower the other."
     if run.autocast_on_cpu and run.autocast_dtype == "fp16" and run.device != "cuda":
         yield "run.autocast_dtype fp16 does not work on the CPU: use bf16, or run.autocast_on_cpu=false."
-    if run.min_lr > run.init_lr:
+    if run.min_lr > run.init_lr and run.lr_sched != "constant_lr" and not run.evaluate:
         yield f"run.min_lr {run.min_lr:g} is above run.init_lr {run.init_lr:g}: the rate would grow."
 
 
@@ -134,18 +139,43 @@ def _dataset_names(recipe: Recipe) -> Iterator[str]:
     unknown = sorted(set(run.train_dataset_ratios) - set(datasets))
     if unknown:
         yield f"run.train_dataset_ratios names {', '.join(unknown)}, not among the datasets: {', '.join(datasets)}."
+    if not run.evaluate and not run.train_splits:
+        yield "run.train_splits is empty: name a split to train on, or set run.evaluate=true."
+    if run.evaluate and not (run.test_splits or run.valid_splits):
+        yield "run.evaluate is true but there is nothing to evaluate on: name run.test_splits or run.valid_splits."
     if any(generates_itself(name) for name in datasets):
-        return
+        return  # their splits are known to the data layer alone
     known = {split for d in datasets.values() for split in d.build_info.annotations}
     used: dict[str, Any] = {"test_splits": run.test_splits}
     if not run.evaluate:
         used |= {"train_splits": run.train_splits, "valid_splits": run.valid_splits}
-        if not run.train_splits:
-            yield "run.train_splits is empty: name a split to train on, or set run.evaluate=true."
     for key, splits in used.items():
         for split in sorted(set(splits) - known):
             names = ", ".join(sorted(known)) or "none"
             yield f"run.{key}: no dataset has annotations for the split {split!r} (known: {names})."
 
 
-RULES = (_vision_dimensions, _something_to_train, _feature_cache, _sizes, _dataset_names)
+TASKS_OF_ARCH = {
+    "minigpt4qwen": ("image_text_pretrain", "deepspeed_image_text_pretrain"),
+    "blip2_qformer": ("blip2_stage1",),
+    "causal_lm": ("language_modeling",),
+    "byte_level_bpe": ("tokenizer_training",),
+}
+
+
+def _task(recipe: Recipe) -> Iterator[str]:
+    run, arch = recipe.run, recipe.model.arch
+    tasks = TASKS_OF_ARCH.get(arch, (run.task,))
+    if run.task not in tasks:
+        yield f"run.task {run.task!r} does not train model.arch {arch!r}: set run.task={tasks[0]}."
+    if (arch == "byte_level_bpe") != (run.runner == "tokenizer_runner"):
+        yield f"run.runner {run.runner!r} does not go with model.arch {arch!r}: tokenizer_runner is for byte_level_bpe, and for nothing else."
+    wanted = "caption" if arch == "blip2_qformer" else "chat"
+    for name, dataset in recipe.datasets.items():
+        if arch != "byte_level_bpe" and dataset.sample_format != wanted:
+            yield f"datasets.{name}.sample_format is {dataset.sample_format}, but model.arch {arch!r} takes {wanted}."
+    if arch == "blip2_qformer" and run.packing:
+        yield "run.packing does not go with blip2_qformer, which compares images with captions row by row: set it to false."
+
+
+RULES = (_task, _vision_dimensions, _something_to_train, _feature_cache, _sizes, _dataset_names)

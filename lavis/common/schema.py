@@ -113,7 +113,7 @@ class PreprocessConfig:
 class DatasetConfig:
     """One entry of `datasets`."""
 
-    data_type: str = opt("images", "what the rows refer to", choices=("images", "text", "videos"))
+    data_type: str = opt("images", "what the rows refer to", choices=("images", "text"))
     format: str = opt(
         "auto",
         "annotation dialect; auto looks at the keys of each row",
@@ -187,7 +187,7 @@ class RunConfig:
     autocast_dtype: str = opt("bf16", "type of mixed precision", choices=("bf16", "fp16"))
     autocast_on_cpu: bool = opt(False, "mixed precision on the CPU too (bf16 only)")
     loss_scale: Optional[float] = opt(None, "fixed loss scale of fp16; null scales dynamically", at_least=1)
-    seed: int = opt(42, "seed of initialisation, data order and dropout")
+    seed: int = opt(42, "seed of initialisation, data order and dropout", at_least=0)
     train_dataset_ratios: dict[str, float] = opt({}, "share of each dataset in an epoch; empty = as many as each has")
 
     # splits
@@ -207,7 +207,7 @@ class RunConfig:
     save_freq: Optional[int] = opt(None, "optimiser steps between checkpoints; null = once an epoch", at_least=1)
     keep_checkpoints: int = opt(2, "newest checkpoints kept, beside the best", at_least=1)
     sample_prompts: list[SamplePrompt] = opt([], "fixed questions answered before, during and after training")
-    num_sample_prompts: int = opt(4, "without sample_prompts: how many rows of the first validation split are asked", at_least=0)
+    num_sample_prompts: int = opt(4, "without sample_prompts: how many rows of the first test (else validation) split are asked", at_least=0)
     export: Optional[str] = opt(
         None, "folder (relative: under cache/) that the trained parts are written to at the end, for a later recipe to load"
     )

@@ -43,7 +43,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     folder = resolve(name)
     source: str | Path = folder if folder.exists() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(
             f"no tokenizer could be loaded from {name!r} (looked in {folder}): {error}\n"

@@ -66,7 +66,10 @@ def _not_an_object(path: Path, number: int, row: Any) -> RowError:
 
 
 def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from None
     if text.lstrip().startswith("{"):  # one object a line, in spite of the name
         return _read_jsonl(path)
     try:

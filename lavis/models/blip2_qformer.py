@@ -18,7 +18,7 @@ from lavis.datasets.types import IGNORE_INDEX, Batch
 from lavis.models.configs import Blip2QFormerStage1Config
 from lavis.models.output import LossOutput
 from lavis.models.vision import Blip2Base
-from lavis.models.weights import load_tower
+from lavis.models.weights import load_configured
 
 
 @MODELS.register("blip2_qformer")
@@ -47,11 +47,10 @@ class Blip2QFormer(Blip2Base):
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: torch.device | str = "cpu",
     ) -> Blip2QFormer:
-        """The model, with the weights of `config.pretrained` if it names any."""
+        """The model, with the weights its configuration names, if any."""
         tokenizer = tokenizer or load_tokenizer(config)
         model = cls(config, len(tokenizer), tokenizer.pad_token_id)
-        if config.load_pretrained and config.pretrained:
-            load_tower(model, config.pretrained, config.vit_pretrained)
+        load_configured(model, config)
         return model
 
     def forward(self, batch: Batch) -> LossOutput:

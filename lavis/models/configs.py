@@ -73,7 +73,7 @@ class VisionConfig(ModelConfig):
     load_pretrained: bool = opt(True, "load `vit_pretrained` and `pretrained`")
     pretrained: Optional[str] = opt(None, "weight file of the vision tower and Q-Former")
     load_finetuned: bool = opt(False, "load `finetuned` on top")
-    finetuned: Optional[str] = opt(None, "weight file of what was trained (a projection, a run's checkpoint)")
+    finetuned: Optional[str] = opt(None, "weight file of what was trained: a projection, or trainable.safetensors of a checkpoint")
 
     def vit_dimensions(self) -> dict[str, Any]:
         """Dimensions of the ViT: the preset's, with what `vit` overrides."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -44,11 +45,12 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     folder = resolve(name)
     source: str | Path = folder if folder.exists() else name
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"no language model could be loaded from {name!r} (looked in {folder}): {error}\n"
-            "Put the model's folder there, or set model.llm_model to its path or hub name."
+            "Put the model's folder there, or set model.llm_model to its path or hub name. It must be an architecture that transformers has "
+            "built in (first-generation Qwen is not; Qwen2 and later are)."
         ) from error
 
 
@@ -94,7 +96,9 @@ def cross_entropy_sum(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch
 
 def _head_loss(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = llm.get_output_embeddings()(hidden).float()
-    softcap = getattr(llm.config, "final_logit_softcapping", None)  # Gemma's configurations alone have it
+    if getattr(llm.config, "logits_scaling", 1) != 1 or getattr(llm.config, "logit_scale", 1) != 1:
+        raise ConfigError(f"{type(llm).__name__} scales its logits behind the head, which training does not do yet: choose another LLM.")
+    softcap = getattr(llm.config, "final_logit_softcapping", None)  # only some architectures have these keys
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     return F.cross_entropy(logits, targets, reduction="sum")

@@ -17,7 +17,7 @@ from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.llm import DTYPES, add_lora, frozen_dtype, generate, load_llm, supervised_loss
 from lavis.models.output import LossOutput
 from lavis.models.vision import Blip2Base
-from lavis.models.weights import load_finetuned, load_tower
+from lavis.models.weights import load_configured
 
 
 @MODELS.register("minigpt4qwen")
@@ -53,10 +53,7 @@ class MiniGPT4Qwen(Blip2Base):
         tokenizer = tokenizer or load_tokenizer(config)
         llm = load_llm(config.llm_model, frozen_dtype(device) if config.freeze_llm else torch.float32)
         model = cls(config, llm, image_token_id(tokenizer))
-        if config.load_pretrained and config.pretrained:
-            load_tower(model, config.pretrained, config.vit_pretrained)
-        if config.load_finetuned and config.finetuned:
-            load_finetuned(model, config.finetuned)
+        load_configured(model, config)
         if torch.device(device).type == "cuda" and model.tower_frozen:
             model.cast_frozen_vit(DTYPES[config.vit_precision])
         return model

@@ -101,7 +101,9 @@ class Blip2Base(nn.Module):
 
     def image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """ViT and ln_vision: [N, 3, S, S] -> [N, 1 + (S/P)^2, D_vit] in fp32."""
-        with contextlib.nullcontext() if self.vit_trained else torch.no_grad():
+        dtype = self.visual_encoder.patch_embed.proj.weight.dtype
+        cast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(pixel_values.device.type, dtype)
+        with contextlib.nullcontext() if self.vit_trained else torch.no_grad(), cast:
             tokens = self.visual_encoder.forward_features(pixel_values)
         with torch.autocast(tokens.device.type, enabled=False):
             return self.ln_vision(tokens.float())

@@ -14,6 +14,7 @@ from torch import nn
 
 from lavis.common.errors import CheckpointError
 from lavis.common.paths import resolve
+from lavis.models.configs import VisionConfig
 
 TOWER_PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
 """Names of what makes an image's query vectors."""
@@ -90,6 +91,18 @@ def load_tensors(
     with torch.no_grad():
         for name, target in own.items():
             target.copy_(tensors[name])
+
+
+def load_configured(model: nn.Module, config: VisionConfig) -> None:
+    """Load the weight files that `config` names. Raises CheckpointError for a missing or wrong one."""
+    if config.load_pretrained and config.pretrained:
+        load_tower(model, config.pretrained, config.vit_pretrained)
+    elif config.load_pretrained and config.vit_pretrained:
+        own = {k for k in model.state_dict() if k.startswith("visual_encoder.")}
+        tensors = _vit_tensors(model, config.vit_pretrained)
+        load_tensors(model, tensors, file=config.vit_pretrained, wanted=lambda k: k in own, ignored=lambda k: False)
+    if config.load_finetuned and config.finetuned:
+        load_finetuned(model, config.finetuned)
 
 
 def load_tower(model: nn.Module, pretrained: str, vit_pretrained: str | None = None) -> None:

@@ -119,6 +119,13 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(stale)
 
 
+def drop_later(folder: Path, step: int) -> None:
+    """Delete the checkpoints after `step`: training goes on from there, and theirs is another future."""
+    for path in folder.glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
 def find_checkpoint(where: Path) -> Checkpoint:
     """The checkpoint at `where`: a step folder itself, or the newest complete one of a run folder.
 

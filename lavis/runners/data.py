@@ -11,8 +11,9 @@ from torch import nn
 from lavis.common.config import Recipe
 from lavis.common.dist import World
 from lavis.common.errors import ConfigError, TrainingError
+from lavis.common.paths import resolve
 from lavis.common.registries import PROCESSORS
-from lavis.common.schema import ProcessorConfig, RunConfig
+from lavis.common.schema import ProcessorConfig, ProcessorPair, RunConfig
 from lavis.datasets.assemble import make_builders, prepare_split
 from lavis.datasets.loader import ImageFolder, ImageSource, TrainLoader
 from lavis.datasets.prepare import PreparedTable
@@ -23,6 +24,16 @@ from lavis.tasks.base import Task
 log = logging.getLogger(__name__)
 _IMAGES_BEFORE_STOPPING = 100
 """The share of bad images is judged once this many were read."""
+
+
+def image_processors(recipe: Recipe) -> ProcessorPair:
+    """The image processors of the recipe's datasets with images. Raises ConfigError if they differ."""
+    pairs = {n: d.vis_processor for n, d in recipe.datasets.items() if d.data_type != "text"}
+    name, pair = next(iter(pairs.items()), ("", ProcessorPair()))
+    for other, theirs in pairs.items():
+        if theirs != pair:
+            raise ConfigError(f"datasets.{other}.vis_processor differs from that of {name}: images of one run are processed alike.")
+    return pair
 
 
 def accumulation(run: RunConfig, world_size: int) -> int:
@@ -48,9 +59,9 @@ class RunData:
             split: prepare_split(recipe, split, task.tokenizer)
             for split in dict.fromkeys([*([] if run.evaluate else run.train_splits), *run.valid_splits, *run.test_splits])
         }
-        first = next(iter(recipe.datasets.values()))
-        self.train_images: ImageSource = ImageFolder(_processor(first.vis_processor.train))
-        self.eval_images: ImageSource = ImageFolder(_processor(first.vis_processor.eval))
+        self.processors = image_processors(recipe)
+        self.train_images: ImageSource = ImageFolder(_processor(self.processors.train))
+        self.eval_images: ImageSource = ImageFolder(_processor(self.processors.eval))
         self._images, self._bad = 0.0, 0.0
         if not run.evaluate:
             self.train_tables = [t for split in run.train_splits for t in self.splits[split]]
@@ -95,11 +106,15 @@ class RunData:
             seed=run.seed,
         )
 
-    def cache_features(self, model: nn.Module) -> None:
-        """Replace image files by cached query vectors of `model`'s frozen tower, for training and evaluation."""
-        paths = [p for tables in self.splits.values() for t in tables for p in t.image_paths()]
-        processor = repr(next(iter(self.recipe.datasets.values())).vis_processor.eval)
-        self.train_images = self.eval_images = cache_features(model, paths, self.eval_images, processor, self.world)
+    def cache_features(self, model: nn.Module, more: list[str]) -> None:
+        """Replace image files by cached query vectors of `model`'s frozen tower, for training and evaluation.
+
+        `more`: images beside those of the splits.
+        """
+        paths = [p for tables in self.splits.values() for t in tables for p in t.image_paths()] + [str(resolve(p)) for p in more]
+        cached = cache_features(model, paths, self.eval_images, repr(self.processors.eval), self.world)
+        self.train_images = self.eval_images = cached
+        self.count_images(0, len(paths), cached.bad)
         if not self.recipe.run.evaluate:
             self._open_loader()
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lavis.common.config import Recipe
 from lavis.common.dist import World
+from lavis.common.paths import resolve
 from lavis.datasets.loader import eval_batches
 from lavis.datasets.prepare import PreparedTable
 from lavis.datasets.template import without_images
@@ -44,11 +45,10 @@ class Evaluator:
                     table, self.data.eval_images, self.task.template.pad_token_id, self.run.batch_size_eval, self.world.rank, self.world.size
                 ):
                     out = self.model(batch.to(self.world.device))
-                    if not self.task.count(batch):  # this rank had no sample left and only kept the others company
-                        continue
-                    count += out.count
+                    mine = self.task.count(batch) > 0  # else this rank had no sample left and only keeps the others company
+                    count += out.count if mine else 0
                     for name, value in {"loss": out.loss_sum, **out.parts}.items():
-                        sums[name] = sums.get(name, 0.0) + value.item()
+                        sums[name] = sums.get(name, 0.0) + (value.item() if mine else 0.0)
         self.model.train(training)
         names = sorted(sums)
         *totals, n = self.world.sum(*(sums[k] for k in names), count)
@@ -57,7 +57,7 @@ class Evaluator:
     def test(self, label: str, *, blind: bool = False) -> dict[str, float]:
         """Accuracy on the test splits as `<label>/<split>/accuracy…`; all answers go to answers_<label>.jsonl.
 
-        `blind` takes the images out of the questions. Tasks without answers are judged by their validation loss alone.
+        `blind` takes the images out of the questions. Tasks without answers have none.
         """
         if not self.answerer:
             return {}
@@ -86,7 +86,7 @@ class Evaluator:
 
     def _prompts(self) -> list[Conversation]:
         if self.run.sample_prompts:
-            return [_prompt(p.image, p.prompt) for p in self.run.sample_prompts]
+            return [_prompt(p.image and str(resolve(p.image)), p.prompt) for p in self.run.sample_prompts]
         splits = [*self.run.test_splits, *self.run.valid_splits]
         tables = self.data.splits[splits[0]] if splits else []
         rows = [(t, i) for t in tables for i in range(len(t))]

@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class CachedFeatures:
-    """An image source that gives `features` [N, Q, D] float32 instead of pixels. Unknown images are read through `fallback`."""
+    """An image source that gives `features` [N, Q, D] float32 instead of pixels. `bad`: images that could not be read when it was made."""
 
-    def __init__(self, file: Path, paths: Sequence[str]) -> None:
-        self.file = file
+    def __init__(self, file: Path, paths: Sequence[str], bad: int) -> None:
+        self.file, self.bad = file, bad
         self.rows = {path: i for i, path in enumerate(paths)}
 
     def load(self, paths: Sequence[str], seed: int) -> tuple[dict[str, torch.Tensor], int]:
-        """Features of `paths` in order, and 0 bad images (they were counted when the cache was made)."""
+        """Features of `paths` in order, and 0 bad images (they are counted in `bad`)."""
         table = np.load(self.file, mmap_mode="r")
         return {"features": torch.from_numpy(table[[self.rows[p] for p in paths]])}, 0
 
@@ -49,7 +49,7 @@ def cache_features(
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             _encode(model, unique, images, file, world.device, batch_size)
-    return CachedFeatures(file, unique)
+    return CachedFeatures(file, unique, json.loads(file.with_suffix(".json").read_text())["bad"])
 
 
 def _encode(model: Blip2Base, paths: list[str], images: ImageSource, file: Path, device: torch.device, batch_size: int) -> None:
@@ -66,6 +66,7 @@ def _encode(model: Blip2Base, paths: list[str], images: ImageSource, file: Path,
         bad += missing
         table[start : start + len(chunk)] = model.encode_images(loaded["pixel_values"].to(device)).float().cpu().numpy()
     table.flush()
+    file.with_suffix(".json").write_text(json.dumps({"images": len(paths), "bad": bad}))
     temp.replace(file)
     model.train(training)
     log.info("encoded %d images in %.1f s (%d could not be read)", len(paths), time.perf_counter() - started, bad)

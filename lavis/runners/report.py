@@ -34,10 +34,16 @@ class SampleReport:
         self.file = folder / "samples.jsonl"
 
     def add(self, step: int, answers: Sequence[Answer]) -> None:
-        """Record the answers after `step` optimiser steps (replacing those of that step or later) and write the page anew."""
-        rows = [row for row in self._rows() if row["step"] < step]
+        """Record the answers after `step` optimiser steps and write the page anew.
+
+        Earlier records of that step or later, and those of other questions, are dropped.
+        """
+        asked = [(a.question, list(a.images)) for a in answers]
+        rows = [r for r in self._rows() if r["step"] < step and [(a["question"], a["images"]) for a in r["answers"]] == asked]
         rows.append({"step": step, "answers": [asdict(a) for a in answers]})
-        self.file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        temp = self.file.with_suffix(".tmp")
+        temp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        temp.replace(self.file)
         (self.folder / "report.html").write_text(self._page(rows), encoding="utf-8")
 
     def _rows(self) -> list[dict]:
@@ -74,8 +80,11 @@ def _picture(path: Path) -> str:
 
 
 def _data_url(path: Path) -> str:
-    with Image.open(path) as opened:
-        image = to_rgb(opened)
+    try:
+        with Image.open(path) as opened:
+            image = to_rgb(opened)
+    except (OSError, Image.DecompressionBombError):  # the loader took a blank for it too
+        image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -56,6 +56,8 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
         checkpoint = newest_run(output_dir, lambda folder: _unfinished_of(recipe, folder))
     else:
         checkpoint = None
+    if run.evaluate and run.resume == "auto" and not checkpoint:
+        raise CheckpointError(f"no run of this recipe under {output_dir} has a checkpoint to evaluate: train first, or name a run in run.resume.")
     if checkpoint and not run.evaluate:
         return RunFolder(checkpoint.path.parent.parent, checkpoint)
     return RunFolder(_new_folder(output_dir), checkpoint)
@@ -74,7 +76,7 @@ def _matters(key: str) -> bool:
 
 
 def _unfinished_of(recipe: Recipe, folder: Path) -> bool:
-    if (folder / SUMMARY).exists():
+    if (folder / SUMMARY).exists() and not recipe.run.evaluate:
         return False
     differences = recipe_differences(recipe, folder / "config.yaml")
     if differences:
@@ -94,6 +96,8 @@ def _new_folder(output_dir: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:  # two runs started in the same second
             continue
+        except OSError as error:
+            raise CheckpointError(f"no run folder can be made in {output_dir} ({error}): mend run.output_dir.") from error
         return folder
     raise CheckpointError(f"no free name for a new run under {output_dir}.")
 

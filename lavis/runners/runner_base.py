@@ -20,7 +20,7 @@ from lavis.common.paths import cache_root
 from lavis.common.registries import RUNNERS, TASKS
 from lavis.datasets.types import Batch
 from lavis.models.llm import DTYPES
-from lavis.runners.checkpoint import TrainState, best_checkpoint, complete_checkpoints, identity, prune, save_checkpoint
+from lavis.runners.checkpoint import TrainState, best_checkpoint, complete_checkpoints, drop_later, identity, prune, save_checkpoint
 from lavis.runners.data import RunData
 from lavis.runners.evaluator import Evaluator
 from lavis.runners.metrics import MetricsLog, peak_memory_bytes
@@ -68,7 +68,7 @@ class RunnerBase:
         self.model: nn.Module = self.task.build_model(self.world.device)
         self.model.train()
         if self.run_config.cache_features:
-            self.data.cache_features(self.model)
+            self.data.cache_features(self.model, [p.image for p in self.run_config.sample_prompts if p.image])
         self.frozen = {key: identity(path) for key, path in self.task.frozen_files().items()}
         self.evaluator = Evaluator(self.recipe, self.task, self.data, self.model, self.world, self.folder)
         self.metrics: MetricsLog | None = None
@@ -78,8 +78,11 @@ class RunnerBase:
 
     def _evaluate_only(self) -> dict[str, Any]:
         if self.checkpoint:
+            self._checked_state()
             self._load_trained(self.checkpoint.tensors())
         results = self.evaluator.test("test")
+        if self.run_config.valid_splits:
+            results |= {f"valid/{name}": value for name, value in self.evaluator.validate().items()}
         if self.run_config.evaluate_blind:
             results |= self.evaluator.test("blind", blind=True)
         return self._finish({"results": results})
@@ -148,14 +151,15 @@ class RunnerBase:
     def _log_step(
         self, step: int, rate: float, result: StepResult, batches: list[Batch], data_seconds: float, seconds: float
     ) -> None:
-        samples, supervised, positions, pad, bad = self.world.sum(
+        samples, supervised, positions, pad, images, bad = self.world.sum(
             sum(b.num_samples for b in batches),
             sum(b.num_tokens for b in batches),
             sum(b.input_ids.numel() for b in batches),
             sum(b.num_pad for b in batches),
+            sum(_images_in(b) for b in batches),
             sum(b.bad_images for b in batches),
         )
-        self.data.count_images(step, sum(_images_in(b) for b in batches), bad)
+        self.data.count_images(step, images, bad)
         if not self.metrics or (step % self.run_config.log_freq and step != self.span.total_steps):
             return
         wall = data_seconds + seconds
@@ -193,17 +197,15 @@ class RunnerBase:
         self.world.barrier()
 
     def _resume(self) -> int:
-        assert self.checkpoint
-        state = self.checkpoint.state()
-        if changed := frozen_differences(state.frozen, self.frozen):
-            raise CheckpointError(
-                f"{self.checkpoint.path} was trained with other frozen weights than those there now: model.{', model.'.join(changed)}."
-            )
+        state = self._checked_state()
         if state.global_batch != self.data.plan.global_batch:
             raise CheckpointError(
                 f"{self.checkpoint.path} was trained with {state.global_batch} rows per step, now it would be {self.data.plan.global_batch} "
                 "(batch_size_train x accum_grad_iters x ranks): keep the product to go on exactly, or set run.global_batch_size."
             )
+        if self.world.is_main:
+            drop_later(self.folder / "checkpoints", state.step)
+        self.world.barrier()
         self._load_trained(self.checkpoint.tensors())
         self.strategy.load_state_tensors(self.checkpoint.optimizer_tensors())
         if state.loss_scale:
@@ -212,6 +214,15 @@ class RunnerBase:
         self.best_loss = best.valid_loss if best else None
         log.info("resumed from %s at step %d", self.checkpoint.path, state.step)
         return state.step
+
+    def _checked_state(self) -> TrainState:
+        assert self.checkpoint
+        state = self.checkpoint.state()
+        if changed := frozen_differences(state.frozen, self.frozen):
+            raise CheckpointError(
+                f"{self.checkpoint.path} was trained with other frozen weights than those there now: model.{', model.'.join(changed)}."
+            )
+        return state
 
     def _load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
         own = dict(self.model.named_parameters())

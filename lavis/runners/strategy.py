@@ -58,7 +58,7 @@ class DataParallelStrategy:
         )
 
     def _dtype(self) -> torch.dtype | None:
-        if not self.run.amp or (self.world.device.type == "cpu" and not self.run.autocast_on_cpu):
+        if not (self.run.amp and getattr(self.task.recipe.model, "enable_autocast", True)) or (self.world.device.type == "cpu" and not self.run.autocast_on_cpu):
             return None
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.run.autocast_dtype]
 
@@ -92,8 +92,7 @@ class DataParallelStrategy:
 
     def _update(self, loss: float, rate: float, number: int) -> float:
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         value = norm.item()
         if not math.isfinite(loss) or not (math.isfinite(value) or self.scaler.is_enabled()):
             raise TrainingError(
@@ -108,11 +107,11 @@ class DataParallelStrategy:
         return value
 
     def _sum_gradients(self) -> None:
-        if self.world.size == 1:
-            return
-        for p in self.parameters:  # a rank whose samples did not touch p still takes part in the sum
+        for p in self.parameters:  # samples that did not touch p count as a gradient of zero, on one rank as on many
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+        if self.world.size == 1:
+            return
         bucket: list[torch.Tensor] = []
         size = 0
         for p in self.parameters:

@@ -43,7 +43,7 @@ def test_an_impossible_combination_is_refused(options: list[str], said: str) -> 
         ["run.cache_features=true"],
         ["run.cache_features=true", "model.get_lora=true"],
         ["run.packing=true", "run.pack_length=256"],
-        ["model.freeze_proj=true", "run.evaluate=true"],
+        ["model.freeze_proj=true", "run.evaluate=true", "run.test_splits=[train]"],
         ["model.freeze_proj=true", "model.get_lora=true"],
         ["run.autocast_on_cpu=true"],
         ["run.train_dataset_ratios={llava_instruction: 2}"],

@@ -1,0 +1,31 @@
+import pytest
+
+from lavis.cli.shapes import CHAIN, SHIPPED
+from lavis.common.config import load_recipe
+from lavis.common.errors import CheckpointError
+
+
+def test_the_chain_is_in_order_and_every_recipe_stands_on_what_comes_before():
+    names = list(CHAIN)
+    for name, needs in CHAIN.items():
+        assert all(names.index(need) < names.index(name) for need in needs)
+    exported = {name: load_recipe(f"shapes/{name}").run.export for name in names}
+    assert set(SHIPPED) <= {export.removeprefix("shapes/") for export in exported.values()}
+    read = {n: vars(load_recipe(f"shapes/{n}").model) for n in (*names, "align")}
+    assert read["stage2"]["llm_model"] == exported["llm_a"] and read["stage2"]["pretrained"].startswith(exported["stage1"])
+    assert read["align"]["llm_model"] == exported["llm_b"] and read["align"]["pretrained"].startswith(exported["stage2"])
+    assert read["llm_a"]["tokenizer"] == exported["tokenizer_a"] and read["llm_b"]["tokenizer"] == exported["tokenizer_b"]
+
+
+def test_the_two_llms_differ_in_family_width_and_vocabulary():
+    a, b = (load_recipe(f"shapes/llm_{x}").model.llm_config for x in "ab")
+    assert a["model_type"] != b["model_type"] and a["hidden_size"] != b["hidden_size"]
+
+
+def test_shipping_what_was_not_built_is_an_error(tmp_path, monkeypatch):
+    from lavis.cli import main, shapes
+
+    monkeypatch.setenv("LAVIS_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="lavis shapes build"):
+        shapes._ship()
+    assert main(["shapes", "ship"]) == 1
