@@ -90,7 +90,7 @@ class Evaluator:
         splits = [*self.run.test_splits, *self.run.valid_splits]
         tables = self.data.splits[splits[0]] if splits else []
         rows = [(t, i) for t in tables for i in range(len(t))]
-        stride = max(1, len(rows) // max(1, self.run.num_sample_prompts))
+        stride = max(1, len(rows) // max(1, self.run.num_sample_prompts)) | 1  # odd: rows often come in pairs of two languages
         return [_conversation(t, i) for t, i in rows[::stride][: self.run.num_sample_prompts]]
 
 

@@ -105,7 +105,7 @@ def draw_answers(answers: Sequence[Answer], file: Path, columns: int = 3) -> Pat
 
 
 def _card(answer: Answer, x: int, y: int) -> str:
-    lines = textwrap.wrap(answer.question, 21 if answer.question.isascii() else 11)
+    lines = textwrap.wrap(answer.question, 19 if answer.question.isascii() else 11)
     question = "".join(f"<text x='144' y='{28 + 17 * i}' fill='#57606a'>{html.escape(line)}</text>" for i, line in enumerate(lines))
     mark, colour = ("\u2713", "#1a7f37") if answer.correct else (f"\u2717 {answer.expected}", "#cf222e")
     return (
