@@ -14,7 +14,7 @@ from lavis.datasets.shapes.language import CAPTION_REQUESTS, KINDS, LANGS, ask, 
 from lavis.datasets.shapes.scene import Combos, Scene, render, sample_scene
 
 Row = dict[str, Any]
-FORMAT = 6
+FORMAT = 5
 """Raised when the same spec would write different files."""
 
 IMAGE_TAG = "<Img><ImageHere></Img> "

@@ -41,10 +41,10 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
 )
 """(colour, shape) pairs that no training or validation picture shows."""
 
-_SLOTS = (0.125, 0.375, 0.625, 0.875)  # along the side
-_DEPTH = 0.125  # from the side; with the slots, the middle of one patch of a 4 x 4 grid
-_JITTER = 0.012
-_RADIUS = (0.095, 0.118)
+_SLOTS = (0.18, 0.5, 0.82)  # along the side
+_DEPTH = 0.2  # from the side
+_JITTER = 0.02
+_RADIUS = (0.125, 0.15)
 _COLOUR_JITTER = 12
 _SUPERSAMPLE = 4
 
@@ -96,8 +96,8 @@ def sample_scene(key: str, *, combos: Combos = "seen") -> Scene:
     rng = random.Random(key)
     colour, shape = rng.choice(_PAIRS[combos])
     side, count = rng.choice(SIDES), rng.randint(1, MAX_COUNT)
-    # One object alone stands near the middle of its side: in a corner it would be on two sides.
-    slots = [rng.choice(_SLOTS[1:3])] if count == 1 else sorted(rng.sample(_SLOTS, count))
+    # One object alone stands in the middle of its side: in a corner it would be on two sides.
+    slots = [_SLOTS[1]] if count == 1 else sorted(rng.sample(_SLOTS, count))
     items = tuple(_place_item(rng, colour, shape, side, slot) for slot in slots)
     return Scene(colour, shape, side, items, background=(_light(rng), _light(rng)))
 
