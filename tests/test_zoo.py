@@ -20,7 +20,7 @@ class Built(nn.Module):
         self.config = config
 
     @classmethod
-    def from_config(cls, config: MiniGPT4QwenConfig) -> "Built":
+    def from_config(cls, config: MiniGPT4QwenConfig, device="cpu") -> "Built":
         return cls(config)
 
 

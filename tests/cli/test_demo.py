@@ -17,7 +17,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAVIS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-m", "lavis", "demo", "--options", LESS], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "lavis", "demo", "--options", LESS, "run.max_epoch=3"], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done, folder
