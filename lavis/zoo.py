@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lavis.common.config import load_dataset_config, load_model_config, load_preprocess_config, model_types
-from lavis.common.registries import DATASETS, MODELS, PROCESSORS
-from lavis.common.schema import PreprocessConfig, ProcessorConfig
+from lavis.common.registries import DATASETS, MODELS
+from lavis.common.schema import PreprocessConfig
 from lavis.models.configs import MODEL_CONFIGS
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def load_model(
 
 def load_preprocess(config: PreprocessConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(image processors, text processors) of a `preprocess` section, each a dict with `train` and `eval`."""
-
-    def build(processor: ProcessorConfig) -> Any:
-        return PROCESSORS.get(processor.name).from_config(processor)
+    from lavis.processors.image import image_processor
+    from lavis.processors.text import text_processor
 
     vis, txt = config.vis_processor, config.text_processor
-    return {"train": build(vis.train), "eval": build(vis.eval)}, {"train": build(txt.train), "eval": build(txt.eval)}
+    images = {"train": image_processor(vis.train), "eval": image_processor(vis.eval)}
+    return images, {"train": text_processor(txt.train), "eval": text_processor(txt.eval)}
 
 
 def load_model_and_preprocess(

@@ -73,9 +73,11 @@ class World:
 def world(device: str = "auto", timeout: timedelta = timedelta(hours=2)) -> Iterator[World]:
     """Join the process group that torchrun's environment describes (nccl on CUDA, gloo on CPU), and leave it at the end.
 
-    `device`: auto, cpu or cuda. Raises ConfigError when CUDA is asked for and absent.
+    `device`: auto, cpu or cuda. Raises ConfigError when CUDA is asked for and absent, or the environment is half there.
     """
     rank, local_rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set: start with torchrun, or unset WORLD_SIZE to train in one process.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is cuda but no CUDA device is visible: set run.device=cpu or auto.")
     use_cuda = device != "cpu" and torch.cuda.is_available()

@@ -27,9 +27,10 @@ def missing_files(recipe: Recipe) -> list[tuple[str, Path]]:
     for name, dataset in recipe.datasets.items():
         if not generates_itself(name):
             wanted += _annotation_files(name, dataset)
+    files = [(key, resolve(path)) for key, path in wanted]
     resume = {f"run.{k}": getattr(recipe.run, k) for k in ("resume_ckpt_path", "resume_ckpt_load_dir")}
-    wanted += [(key, path) for key, path in resume.items() if path]
-    return [(key, resolve(path)) for key, path in wanted if not resolve(path).exists()]
+    files += [(key, Path(path).absolute()) for key, path in resume.items() if path]
+    return [(key, file) for key, file in files if not file.exists()]
 
 
 def generates_itself(dataset: str) -> bool:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lavis.common.errors import ConfigError, DataError, did_you_mean
 from lavis.common.paths import cache_root, resolve
-from lavis.common.registries import DATASETS, PROCESSORS
+from lavis.common.registries import DATASETS
 from lavis.common.schema import DatasetConfig
 from lavis.datasets.formats import OnError, Row, detect_format, read_rows, to_conversation, where_of
 from lavis.datasets.types import Conversation, Message, RowError
+from lavis.processors.text import text_processor
 
 if TYPE_CHECKING:
     from lavis.datasets.shapes.build import ShapesSpec
@@ -66,7 +67,7 @@ class InstructionBuilder:
         """
         pair = self.config.text_processor
         config = pair.train if split == "train" else pair.eval
-        process = PROCESSORS.get(config.name).from_config(config)
+        process = text_processor(config)
         for where, row in self.rows(split, on_error):
             try:
                 dialect = _detect(row, where) if self.config.format == "auto" else self.config.format

@@ -280,15 +280,22 @@ class CaptionTemplate:
         return _digest("caption-1", self.tokenizer, self.max_length)
 
     def encode(self, conversation: Conversation) -> Sample:
-        """The caption, cut to max_length tokens with its start and end."""
-        return self.encode_many([conversation])[0]
+        """The caption, cut to max_length tokens with its start and end. Raises RowError if there is not one image."""
+        sample = self.encode_many([conversation])[0]
+        if isinstance(sample, RowError):
+            raise sample
+        return sample
 
-    def encode_many(self, conversations: Sequence[Conversation]) -> list[Sample]:
-        """`encode` for many conversations at once."""
+    def encode_many(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
+        """`encode` for many conversations at once; a failure stands in its conversation's place."""
         texts = [c.messages[-1].text for c in conversations]
         encoded = self._encoder.encode_all(texts)
-        samples = []
+        samples: list[Sample | RowError] = []
         for conversation, text in zip(conversations, texts, strict=True):
+            if len(conversation.images) != 1:
+                have = f"{len(conversation.images)} images"
+                samples.append(RowError("a caption without its one image", conversation.id, "Give the row one image, or take it out.", have))
+                continue
             caption = (*encoded[text][: self.max_length - 2], self.end_token_id)
             samples.append(Sample((self.start_token_id, *caption), (IGNORE_INDEX, *caption), conversation.images))
         return samples

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lavis.common.errors import DataError
+from lavis.common.errors import ConfigError, DataError
 from lavis.common.registries import PROCESSORS
 from lavis.common.schema import ProcessorConfig
 
@@ -24,6 +24,18 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: a small file can unfold to gigabytes."""
 
 Box = tuple[int, int, int, int]
+
+
+def image_processor(config: ProcessorConfig) -> EvalImage:
+    """The image processor that a recipe's section describes. Raises ConfigError if it names one of texts, or mean and std aren't of RGB."""
+    processor = PROCESSORS.get(config.name)
+    if not issubclass(processor, EvalImage):
+        raise ConfigError(f"the processor {config.name!r} is not for images: name another one in vis_processor, such as blip2_image_eval.")
+    for key in ("mean", "std"):
+        values = getattr(config, key)
+        if values is not None and len(values) != 3:
+            raise ConfigError(f"vis_processor.{key} has {len(values)} values: give three, of red, green and blue.")
+    return processor.from_config(config)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from lavis.common.errors import ConfigError
 from lavis.common.registries import PROCESSORS
 from lavis.common.schema import ProcessorConfig
 
@@ -35,6 +36,14 @@ class BlipCaption(BaseInstruction):
         text = re.sub(r"([.!\"()*#:;~])", " ", text.lower())
         text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
         return super().__call__(text)
+
+
+def text_processor(config: ProcessorConfig) -> BaseInstruction:
+    """The text processor that a recipe's section describes. Raises ConfigError if it names one of images."""
+    processor = PROCESSORS.get(config.name)
+    if not issubclass(processor, BaseInstruction):
+        raise ConfigError(f"the processor {config.name!r} is not for texts: name another one in text_processor, such as base_instruction.")
+    return processor.from_config(config)
 
 
 def _first_words(text: str, max_words: int | None) -> str:

@@ -150,18 +150,26 @@ def newest_run(output_dir: Path, accept: Callable[[Path], bool]) -> Checkpoint |
 
 
 def identity(path: Path) -> str:
-    """A short fingerprint of a weight file or model folder: names, sizes, and contents (of files over 16 MiB, the first MiB).
+    """A short fingerprint of a weight file or model folder: names, sizes and contents, without documentation and hidden files.
 
-    For safetensors the first MiB holds the index of all tensors.
+    Of files over 16 MiB the first and last MiB count; for safetensors the first holds the index of all tensors.
     """
     digest = hashlib.sha256()
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not _is_about(f.relative_to(path))) if path.is_dir() else [path]
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}:".encode())
         with file.open("rb") as f:
-            digest.update(f.read() if size <= _HASHED_WHOLE else f.read(1 << 20))
+            if size > _HASHED_WHOLE:
+                digest.update(f.read(1 << 20))
+                f.seek(-1 << 20, os.SEEK_END)
+            digest.update(f.read())
     return digest.hexdigest()[:16]
+
+
+def _is_about(path: Path) -> bool:
+    """Whether a file only tells of a model: readme, licence, hidden files."""
+    return any(part.startswith(".") for part in path.parts) or path.suffix == ".md" or path.name.upper().startswith(("LICENSE", "NOTICE"))
 
 
 def _read_marker(path: Path) -> Checkpoint | None:

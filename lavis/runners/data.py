@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
-
 import numpy as np
 from torch import nn
 
@@ -12,12 +10,12 @@ from lavis.common.config import Recipe
 from lavis.common.dist import World
 from lavis.common.errors import ConfigError, TrainingError
 from lavis.common.paths import resolve
-from lavis.common.registries import PROCESSORS
-from lavis.common.schema import ProcessorConfig, ProcessorPair, RunConfig
+from lavis.common.schema import ProcessorPair, RunConfig
 from lavis.datasets.assemble import make_builders, prepare_split
 from lavis.datasets.loader import ImageFolder, ImageSource, TrainLoader
 from lavis.datasets.prepare import PreparedTable
 from lavis.datasets.sampler import StepPlan
+from lavis.processors.image import image_processor
 from lavis.runners.feature_cache import cache_features
 from lavis.tasks.base import Task
 
@@ -60,8 +58,8 @@ class RunData:
             for split in dict.fromkeys([*([] if run.evaluate else run.train_splits), *run.valid_splits, *run.test_splits])
         }
         self.processors = image_processors(recipe)
-        self.train_images: ImageSource = ImageFolder(_processor(self.processors.train))
-        self.eval_images: ImageSource = ImageFolder(_processor(self.processors.eval))
+        self.train_images: ImageSource = ImageFolder(image_processor(self.processors.train))
+        self.eval_images: ImageSource = ImageFolder(image_processor(self.processors.eval))
         self._images, self._bad = 0.0, 0.0
         if not run.evaluate:
             self.train_tables = [t for split in run.train_splits for t in self.splits[split]]
@@ -128,7 +126,3 @@ class RunData:
                 f"step {step}: {self._bad:.0f} of {self._images:.0f} images could not be read, more than run.max_bad_image_share={limit}. "
                 "`lavis data check` lists them."
             )
-
-
-def _processor(config: ProcessorConfig) -> Any:
-    return PROCESSORS.get(config.name).from_config(config)

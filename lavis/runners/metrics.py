@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lavis.common.errors import ConfigError, did_you_mean
+from lavis.common.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +71,10 @@ class HostedTracker:
         self.run.finish()
 
 
-TRACKERS = ("tensorboard", "wandb", "swanlab")
-
-
 def open_trackers(names: Iterable[str], folder: Path) -> list[Tracker]:
-    """The trackers of `run.trackers`. Raises ConfigError for an unknown or missing one."""
+    """The trackers of `run.trackers`. Raises ConfigError for one that is not installed."""
     trackers: list[Tracker] = []
     for name in names:
-        if name not in TRACKERS:
-            raise ConfigError(f"run.trackers: unknown tracker {name!r}.{did_you_mean(name, TRACKERS)} Known: {', '.join(TRACKERS)}.")
         trackers.append(TensorBoardTracker(folder) if name == "tensorboard" else HostedTracker(name, folder))
     return trackers
 

@@ -65,6 +65,8 @@ class RunnerBase:
         self.task: Task = TASKS.get(self.run_config.task)(self.recipe)
         with self.world.local_main_first():  # tables are made once and left on disk
             self.data = RunData(self.recipe, self.task, self.world)
+        if not self.run_config.evaluate:
+            self.span = horizon(self.run_config, self.data.plan.steps_per_epoch)
         self.model: nn.Module = self.task.build_model(self.world.device)
         self.model.train()
         if self.run_config.cache_features:
@@ -90,8 +92,6 @@ class RunnerBase:
     # -- training
 
     def _train(self) -> dict[str, Any]:
-        plan = self.data.plan
-        self.span = horizon(self.run_config, plan.steps_per_epoch)
         self.strategy = DataParallelStrategy(self.model, self.task, self.run_config, self.world)
         results: dict[str, float] = {}
         self.best_loss: float | None = None

@@ -76,6 +76,15 @@ def test_micro_batches_are_of_like_length_and_ranks_balanced() -> None:
     assert (load.max(axis=1) / load.mean(axis=1)).max() < 1.1
 
 
+def test_short_rows_are_not_sorted_by_their_exact_length() -> None:
+    """Or a step would hold rows of the same words: the gradient of a step must not depend on one answer."""
+    lengths = np.repeat([10, 11, 12, 13], 300)  # 300 times four answers, each with a length of its own
+    options = {"batch_size": 24, "accum": 1, "world_size": 1, "seed": 7, "pack_length": None, "ratios": None}
+    p = StepPlan(lengths, length_grouping=True, dataset_sizes=[1200], **options)
+    for step in range(p.steps_per_epoch):
+        assert len({lengths[i] for i in step_samples(p, 0, step)}) > 1
+
+
 def test_packed_rows_hold_every_sample_once() -> None:
     p = plan(1, 1, 1, pack_length=400)
     rows = [row for step in range(p.steps_per_epoch) for row in p.micro_batches(0, step, 0)[0]]

@@ -287,10 +287,12 @@ def test_caption(tokenizer: PreTrainedTokenizerFast) -> None:
     assert sample.input_ids[0] == start and sample.input_ids[-1] == end and end not in sample.input_ids[1:-1]
     assert sample.labels == (IGNORE_INDEX, *sample.input_ids[1:])
     assert sample.images == ("a.png",)
-    assert len(CaptionTemplate(tokenizer, 4).encode(talk("", "red red red red"))) == 4
+    assert len(CaptionTemplate(tokenizer, 4).encode(talk(PICTURE, "red red red red"))) == 4
     bert_like = small_tokenizer(["[CLS]", "[SEP]"], eos="[SEP]", cls_token="[CLS]")
-    sample = CaptionTemplate(bert_like, 32).encode(talk("", "red"))
+    sample = CaptionTemplate(bert_like, 32).encode(talk(PICTURE, "red"))
     assert bert_like.decode(sample.input_ids) == "[CLS]red[SEP]"
+    with pytest.raises(RowError, match="one image"):
+        CaptionTemplate(tokenizer, 32).encode(talk("", "red"))
 
 
 def test_blind_conversation_has_text_only(tokenizer: PreTrainedTokenizerFast) -> None:

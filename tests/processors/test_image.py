@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis.common.errors import DataError
+from lavis.common.errors import ConfigError, DataError
 from lavis.common.registries import PROCESSORS
 from lavis.common.schema import ProcessorConfig
 from lavis.processors import image as module
-from lavis.processors.image import CLIP_MEAN, CLIP_STD, EvalImage, TrainImage, to_rgb
+from lavis.processors.image import CLIP_MEAN, CLIP_STD, EvalImage, TrainImage, image_processor, to_rgb
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -80,3 +80,12 @@ def test_huge_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_PIXELS", 100)
     with pytest.raises(DataError, match="11 x 10 pixels"):
         EvalImage(4)(Image.new("RGB", (11, 10)))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [(ProcessorConfig(name="base_instruction"), "not for images"), (ProcessorConfig(mean=[0.5]), "mean has 1 values")],
+)
+def test_a_section_that_can_not_work_is_refused(config: ProcessorConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        image_processor(config)

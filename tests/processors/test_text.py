@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from lavis.common.errors import ConfigError
 from lavis.common.registries import PROCESSORS
 from lavis.common.schema import ProcessorConfig, TextProcessorConfig
+from lavis.processors.text import text_processor
 
 
 def test_base_instruction_leaves_text_as_it_is() -> None:
@@ -18,3 +22,8 @@ def test_prompt_and_word_limit() -> None:
 def test_blip_caption_cleans_up() -> None:
     processor = PROCESSORS.get("blip_caption").from_config(ProcessorConfig(prompt="a photo of "))
     assert processor('A "Red"  Dog.\n') == "a photo of a red dog"
+
+
+def test_an_image_processor_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not for texts"):
+        text_processor(TextProcessorConfig(name="blip2_image_eval"))

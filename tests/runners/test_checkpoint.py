@@ -76,4 +76,16 @@ def test_identity_tells_contents_apart(tmp_path):
     file.write_bytes(b"two")
     assert identity(file) != first
     (tmp_path / "config.json").write_text(json.dumps({}))
-    assert identity(tmp_path) != identity(file)
+    whole = identity(tmp_path)
+    assert whole != identity(file)
+    (tmp_path / "README.md").write_text("what this is")
+    assert identity(tmp_path) == whole
+
+
+def test_identity_looks_at_both_ends_of_a_large_file(tmp_path):
+    file = tmp_path / "w.pth"
+    size = 20 << 20
+    file.write_bytes(bytes(size))
+    first = identity(file)
+    file.write_bytes(bytes(size - 1) + b"1")
+    assert identity(file) != first
