@@ -28,8 +28,8 @@ class MiniGPT4Qwen(Blip2Base):
     `image_token_id` is the id of the placeholder in input_ids.
     """
 
-    def __init__(self, config: MiniGPT4QwenConfig, llm: PreTrainedModel, image_token_id: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: MiniGPT4QwenConfig, llm: PreTrainedModel, image_token_id: int, *, on_meta: bool = False) -> None:
+        super().__init__(config, on_meta=on_meta)
         self.image_token_id = image_token_id
         self.llm_model = llm
         width = llm.get_input_embeddings().weight.shape[1]
@@ -52,7 +52,7 @@ class MiniGPT4Qwen(Blip2Base):
         """
         tokenizer = tokenizer or load_tokenizer(config)
         llm = load_llm(config.llm_model, frozen_dtype(device) if config.freeze_llm else torch.float32)
-        model = cls(config, llm, image_token_id(tokenizer))
+        model = cls(config, llm, image_token_id(tokenizer), on_meta=bool(config.load_pretrained and config.pretrained))
         load_configured(model, config)
         if torch.device(device).type == "cuda" and model.tower_frozen:
             model.cast_frozen_vit(DTYPES[config.vit_precision])

@@ -55,18 +55,19 @@ def build_qformer(config: VisionConfig, encoder_width: int, *, text_vocab_size: 
 class Blip2Base(nn.Module):
     """Base of the models that see. Parts that are frozen stay in eval mode and build no graph.
 
-    Submodule names are the original's: visual_encoder, ln_vision, query_tokens, Qformer.
+    Submodule names are the original's: visual_encoder, ln_vision, query_tokens, Qformer. `on_meta` makes them without values.
     """
 
-    def __init__(self, config: VisionConfig, *, text_vocab_size: int | None = None) -> None:
+    def __init__(self, config: VisionConfig, *, text_vocab_size: int | None = None, on_meta: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.visual_encoder = build_vit(config)
-        width = self.visual_encoder.embed_dim
-        self.ln_vision = nn.LayerNorm(width, eps=1e-5)
-        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_token, config.qformer.hidden_size))
-        nn.init.normal_(self.query_tokens, std=0.02)
-        self.Qformer = build_qformer(config, width, text_vocab_size=text_vocab_size)
+        with torch.device("meta") if on_meta else contextlib.nullcontext():  # no time and memory for values that a file brings
+            self.visual_encoder = build_vit(config)
+            width = self.visual_encoder.embed_dim
+            self.ln_vision = nn.LayerNorm(width, eps=1e-5)
+            self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_token, config.qformer.hidden_size))
+            nn.init.normal_(self.query_tokens, std=0.02)
+            self.Qformer = build_qformer(config, width, text_vocab_size=text_vocab_size)
         self.vit_trained = not config.freeze_vit
         self.qformer_trained = not config.freeze_qformer
         self._freeze()

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from lavis.common.errors import CheckpointError
-from lavis.models.weights import load_finetuned, load_tower, read_tensors
-from tests.models.conftest import small_model
+from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.weights import load_configured, load_finetuned, load_tower, load_vit, read_tensors
+from tests.models.conftest import IMAGE_ID, small_llm, small_model, tower_settings
 
 
 def original_names(model):
@@ -38,10 +40,41 @@ def test_the_original_files_fill_the_tower(tmp_path):
         p.data.zero_()
     torch.save({"model": original_names(source)}, tmp_path / "blip2.pth")
     torch.save(vit_file(source), tmp_path / "eva.pth")
-    load_tower(model, str(tmp_path / "blip2.pth"), str(tmp_path / "eva.pth"))
+    vit = load_vit(model, str(tmp_path / "eva.pth"))
+    rest = load_tower(model, str(tmp_path / "blip2.pth"), with_vit=False)
     tower = {k: v for k, v in source.state_dict().items() if not k.startswith("llm_")}
     for name, value in tower.items():
         assert torch.equal(model.state_dict()[name], value), name
+    assert len(vit.loaded) + len(rest.loaded) == len(tower)
+    assert len(vit.ignored) == 13 + 2 and "visual_encoder.head.weight" in vit.ignored  # a block, norm and head
+    assert len(rest.ignored) == 5 and "t5_proj.weight" in rest.ignored
+
+
+def test_a_position_embedding_of_another_image_size_is_resized(tmp_path):
+    source, model = small_model(), small_model(image_size=48)
+    torch.save(vit_file(source), tmp_path / "eva.pth")
+    report = load_vit(model, str(tmp_path / "eva.pth"))
+    given, got = source.visual_encoder.pos_embed, model.visual_encoder.pos_embed
+    grid = given[:, 1:].reshape(1, 4, 4, 48).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
+    assert report.resized == ("visual_encoder.pos_embed",)
+    assert torch.equal(got[:, :1], given[:, :1])
+    assert torch.allclose(got[:, 1:], grid.permute(0, 2, 3, 1).reshape(1, 36, 48), atol=1e-6)
+
+
+def test_a_model_made_without_values_gets_all_of_them_from_its_files(tmp_path):
+    source = small_model()
+    torch.save({"model": original_names(source)}, tmp_path / "blip2.pth")
+    torch.save(vit_file(source), tmp_path / "eva.pth")
+    files = {"pretrained": str(tmp_path / "blip2.pth"), "vit_pretrained": str(tmp_path / "eva.pth")}
+    config = MiniGPT4QwenConfig(**tower_settings(), **files)
+    model = MiniGPT4Qwen(config, small_llm(), IMAGE_ID, on_meta=True)
+    assert model.query_tokens.is_meta
+    load_configured(model, config)
+    assert not [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval().encode_images(pixels), source.eval().encode_images(pixels))
+    assert not model.query_tokens.requires_grad
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named_and_nothing_is_copied(tmp_path):
