@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `lavis shapes`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="build|ship")
     build = actions.add_parser("build", help="train tokenizers, LLMs and vision tower into cache/shapes, which then takes precedence")
-    build.add_argument("--jobs", type=int, default=2, help="recipes trained side by side, one thread each")
+    build.add_argument("--jobs", type=int, default=2, help="recipes trained side by side, one thread each (the last one, which waits for all others, has as many threads)")
     build.add_argument("--only", nargs="+", choices=list(CHAIN), help="these recipes alone")
     actions.add_parser("ship", help="copy what was built into lavis/assets, as the parts shipped with the package")
 
@@ -52,13 +52,14 @@ def _build(jobs: int, names: list[str]) -> int:
     futures: dict[str, Future[None]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         for name in names:  # CHAIN is in an order in which what is waited for was submitted before
-            futures[name] = pool.submit(_train, name, [futures[n] for n in CHAIN[name] if n in futures], logs)
+            before = [futures[n] for n in CHAIN[name] if n in futures]
+            futures[name] = pool.submit(_train, name, before, logs, threads=jobs if name == names[-1] else 1)
     for future in futures.values():
         future.result()
     return 0
 
 
-def _train(name: str, before: list[Future[None]], logs: Path) -> None:
+def _train(name: str, before: list[Future[None]], logs: Path, threads: int) -> None:
     from lavis.common.errors import TrainingError
 
     for future in before:
@@ -71,7 +72,7 @@ def _train(name: str, before: list[Future[None]], logs: Path) -> None:
             [sys.executable, "-m", "lavis", "train", "--cfg-path", f"shapes/{name}"],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))},
         )
     if code:
         raise TrainingError(f"shapes/{name} ended with exit code {code}; the end of {log} says why.")

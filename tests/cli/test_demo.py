@@ -25,10 +25,10 @@ def demo(tmp_path_factory):
 
 def test_a_linear_layer_makes_the_llm_see(demo):
     figures = json.loads(demo[0].stdout.splitlines()[-1])
-    assert figures["held_out_accuracy"] >= 0.6
-    assert figures["held_out_accuracy"] >= figures["blind_accuracy"] + 0.3
+    assert figures["held_out_accuracy"] >= 0.85
+    assert figures["held_out_accuracy"] >= figures["blind_accuracy"] + 0.35
     assert figures["held_out_accuracy"] >= figures["accuracy_before"] + 0.3
-    assert figures["held_out_accuracy"] >= 0.85 * figures["accuracy_with_own_llm"]
+    assert figures["held_out_accuracy"] >= 0.9 * figures["accuracy_with_own_llm"]
     assert figures["trainable_parameters"] == 128 * 144 + 144
     assert figures["total_parameters"] > 100 * figures["trainable_parameters"] and figures["seconds"] > 0
 
@@ -49,7 +49,7 @@ def test_it_answers_in_both_languages(demo):
     rows = [json.loads(line) for line in (run / "answers_test_test.jsonl").read_text(encoding="utf-8").splitlines()]
     for lang in ("en", "zh"):
         right = [row["correct"] for row in rows if row["lang"] == lang]
-        assert sum(right) / len(right) >= 0.55
+        assert sum(right) / len(right) >= 0.8
 
 
 def test_shipped_parts_are_small():

@@ -120,7 +120,7 @@ def test_mixed_dialects_are_told_apart_row_by_row(cache: Path) -> None:
 def test_shapes_generate_themselves(cache: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     sizes = {"train": 2, "val": 2, "test": 2, "text_train": 2, "text_val": 2, "size": 32}
     for name, splits in {
-        "shapes_instruction": ["train", "val", "test"],
+        "shapes_instruction": ["train", "interviews", "val", "test"],
         "shapes_caption": ["train"],
         "shapes_text": ["train", "val"],
     }.items():

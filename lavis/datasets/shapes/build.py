@@ -14,7 +14,7 @@ from lavis.datasets.shapes.language import CAPTION_REQUESTS, KINDS, LANGS, ask, 
 from lavis.datasets.shapes.scene import Combos, Scene, render, sample_scene
 
 Row = dict[str, Any]
-FORMAT = 5
+FORMAT = 6
 """Raised when the same spec would write different files."""
 
 IMAGE_TAG = "<Img><ImageHere></Img> "
@@ -32,7 +32,7 @@ class ShapesSpec:
         seed: of everything.
     """
 
-    train: int = 8_000
+    train: int = 16_000
     val: int = 200
     test: int = 500
     text_train: int = 40_000
@@ -89,15 +89,17 @@ def _move_into_place(work: Path, root: Path) -> None:
 
 def _write_world(folder: Path, spec: ShapesSpec) -> None:
     (folder / "images").mkdir()
-    train, captions = [], []
+    train, captions, interviews = [], [], []
     for index, (name, scene) in enumerate(_pictures(folder, spec, "train", spec.train, "seen")):
         rng = random.Random(f"{spec.seed}/train/words/{index}")
         train.extend(_train_rows(name, scene, rng))
+        interviews.append(_interview_row(f"{name[:-4]}-interview", name, scene, rng.choice(LANGS), rng, len(KINDS)))
         captions.extend(
             _row(f"{name[:-4]}-{lang}", "caption", lang, "", caption(scene, lang), image=name) for lang in LANGS
         )
     _write_json(folder / "train.json", train)
     _write_json(folder / "captions.json", captions)
+    _write_json(folder / "interviews.json", interviews)
     for split, count, combos in (("val", spec.val, "seen"), ("test", spec.test, "held_out")):
         pictures = _pictures(folder, spec, split, count, combos)
         _write_json(folder / f"{split}.json", _question_rows(pictures, spec, split))
@@ -124,10 +126,14 @@ def _train_rows(name: str, scene: Scene, rng: random.Random) -> list[Row]:
     question = ask(scene, rng.choice(KINDS), lang := rng.choice(LANGS), rng)
     rows.append(_row(f"{stem}-1", question.kind, lang, IMAGE_TAG + question.text, question.answer, image=name))
     lang = rng.choice(LANGS)
-    turns = interview(scene, lang, rng, rng.randint(2, len(KINDS)))
-    asked = [IMAGE_TAG + turns[0].text, *(turn.text for turn in turns[1:])]
-    rows.append(_row(f"{stem}-2", "dialogue", lang, asked, [turn.answer for turn in turns], image=name))
+    rows.append(_interview_row(f"{stem}-2", name, scene, lang, rng, rng.randint(2, len(KINDS))))
     return rows
+
+
+def _interview_row(ident: str, name: str, scene: Scene, lang: str, rng: random.Random, count: int) -> Row:
+    turns = interview(scene, lang, rng, count)
+    asked = [IMAGE_TAG + turns[0].text, *(turn.text for turn in turns[1:])]
+    return _row(ident, "dialogue", lang, asked, [turn.answer for turn in turns], image=name)
 
 
 def _question_rows(pictures: Iterator[tuple[str, Scene]], spec: ShapesSpec, split: str) -> list[Row]:

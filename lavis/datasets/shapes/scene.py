@@ -45,7 +45,7 @@ _SLOTS = (0.18, 0.5, 0.82)  # along the side
 _DEPTH = 0.2  # from the side
 _JITTER = 0.02
 _RADIUS = (0.125, 0.15)
-_COLOUR_JITTER = 12
+_COLOUR_JITTER = 24
 _SUPERSAMPLE = 4
 
 
