@@ -19,7 +19,10 @@ COMMANDS = {
     "train": "train what a recipe says",
     "evaluate": "evaluate the test splits of a recipe",
     "configs": "list, copy, show and check recipes",
+    "weights": "list the files a recipe needs, and fetch those that are missing",
     "data": "prepare and inspect datasets",
+    "convert": "turn checkpoints of the original and first-generation Qwen folders into files that other tools read",
+    "export": "write what a run trained for transformers, peft or the original",
     "demo": "train one linear layer of the shapes world and ask the result about held-out pictures",
     "shapes": "rebuild the small frozen models of the shapes world",
 }

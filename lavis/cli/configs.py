@@ -118,8 +118,11 @@ def _check(args: argparse.Namespace) -> int:
             print(f"{name}: wrong\nerror: {e}")
             continue
         print(f"{name}: valid")
-        for key, path in missing_files(recipe):
+        missing = missing_files(recipe)
+        for key, path in missing:
             print(f"  not there yet: {path} ({key})")
+        if missing:
+            print(f"  `lavis weights {name}` says where they come from")
     return ConfigError.exit_code if wrong else 0
 
 

@@ -19,10 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis.common.errors import ConfigError, RegistryError, did_you_mean
+from lavis.common.files import missing_files
 from lavis.common.logging import warn_once
 from lavis.common.paths import CONFIGS_ROOT, PACKAGE_ROOT, PROJECTS_ROOT
 from lavis.common.registries import DATASETS
-from lavis.common.rules import RULES, missing_files
+from lavis.common.rules import RULES
 from lavis.common.schema import DatasetConfig, ModelConfig, PreprocessConfig, RunConfig
 from lavis.common.typed import Problem, iter_fields, join, read_dataclass
 from lavis.models.configs import MODEL_CONFIGS

@@ -35,6 +35,10 @@ class CheckpointError(LavisError):
     """A checkpoint or a weight file is missing, incomplete or belongs to something else."""
 
 
+class DownloadError(LavisError):
+    """A file can't be fetched, or is not what it should be."""
+
+
 class TrainingError(LavisError):
     """Training can't go on: a non-finite loss or gradient, too many bad images, a lost rank."""
 

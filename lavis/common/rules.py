@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis.common.paths import resolve
-from lavis.common.schema import DatasetConfig
-from lavis.models.configs import Blip2QFormerStage1Config, CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
+from lavis.common.schema import as_list
+from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
 
 if TYPE_CHECKING:
     from lavis.common.config import Recipe
@@ -17,50 +15,9 @@ RANDOM_PROCESSORS = frozenset({"blip2_image_train"})
 """Image processors that give another tensor each time (random crops)."""
 
 
-def missing_files(recipe: Recipe) -> list[tuple[str, Path]]:
-    """(dotted key, resolved path) of every weight, tokenizer and annotation file of `recipe` that is missing.
-
-    A dataset that generates itself needs no annotations. An LLM or tokenizer counts as a file only if its path is
-    absolute or under `ckpt/`; other names may be ones on the Hugging Face hub.
-    """
-    wanted = list(_model_files(recipe))
-    for name, dataset in recipe.datasets.items():
-        if not generates_itself(name):
-            wanted += _annotation_files(name, dataset)
-    files = [(key, resolve(path)) for key, path in wanted]
-    resume = {f"run.{k}": getattr(recipe.run, k) for k in ("resume_ckpt_path", "resume_ckpt_load_dir")}
-    files += [(key, Path(path).absolute()) for key, path in resume.items() if path]
-    return [(key, file) for key, file in files if not file.exists()]
-
-
 def generates_itself(dataset: str) -> bool:
     """Whether the dataset of that name makes its own files (the shapes world)."""
     return dataset.startswith("shapes_")
-
-
-def _model_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    model = recipe.model
-    if isinstance(model, VisionConfig):
-        keys = ["vit_pretrained", "pretrained"] if model.load_pretrained else []
-        keys += ["finetuned"] if model.load_finetuned else []
-        yield from ((f"model.{key}", path) for key in keys if (path := getattr(model, key)))
-    folders = {
-        MiniGPT4QwenConfig: ["llm_model"],
-        Blip2QFormerStage1Config: ["tokenizer"],
-        CausalLMConfig: ["llm_model", "tokenizer"],
-    }
-    for key in folders.get(type(model), []):
-        path = getattr(model, key)
-        if path and (path.startswith("ckpt/") or Path(path).is_absolute()):
-            yield f"model.{key}", path
-
-
-def _annotation_files(name: str, dataset: DatasetConfig) -> Iterator[tuple[str, str]]:
-    for split, source in dataset.build_info.annotations.items():
-        files = source.storage if isinstance(source.storage, list) else [source.storage]
-        yield from ((f"datasets.{name}.build_info.annotations.{split}.storage", f) for f in files if f)
-    if dataset.build_info.images.storage:
-        yield f"datasets.{name}.build_info.images.storage", dataset.build_info.images.storage
 
 
 def _vision_dimensions(recipe: Recipe) -> Iterator[str]:
@@ -92,6 +49,10 @@ def _something_to_train(recipe: Recipe) -> Iterator[str]:
     frozen = all((model.freeze_vit, model.freeze_qformer, model.freeze_queries, model.freeze_llm, model.freeze_proj))
     if frozen and not (model.unfreeze_pos_embed or model.get_lora or recipe.run.evaluate):
         yield "nothing would be trained, everything is frozen: set model.freeze_proj=false, or run.evaluate=true."
+    if model.llm_quantization and not model.freeze_llm:
+        yield f"model.llm_quantization {model.llm_quantization} keeps the LLM's weights in integers, which can't be trained: set model.freeze_llm=true."
+    if model.llm_device_map and not recipe.run.evaluate:
+        yield f"model.llm_device_map {model.llm_device_map} is for chat and evaluation: set it to null; training splits an LLM with the pipeline."
     if model.get_lora and not model.lora_parts:
         yield "model.get_lora needs a part to adapt: name llm, vit or qformer in model.lora_parts."
     for part in model.lora_parts if model.get_lora else ():
@@ -156,6 +117,16 @@ def _dataset_names(recipe: Recipe) -> Iterator[str]:
             yield f"run.{key}: no dataset has annotations for the split {split!r} (known: {names})."
 
 
+def _annotation_addresses(recipe: Recipe) -> Iterator[str]:
+    for name, dataset in recipe.datasets.items():
+        for split, source in dataset.build_info.annotations.items():
+            key, files = f"datasets.{name}.build_info.annotations.{split}", len(as_list(source.storage))
+            for field in ("url", "sha256"):
+                given = len(as_list(getattr(source, field)))
+                if given not in (0, files):
+                    yield f"{key}.{field} has {given} for the {files} of {key}.storage: give one for each file."
+
+
 TASKS_OF_ARCH = {
     "minigpt4qwen": ("image_text_pretrain", "deepspeed_image_text_pretrain"),
     "blip2_qformer": ("blip2_stage1",),
@@ -179,4 +150,4 @@ def _task(recipe: Recipe) -> Iterator[str]:
         yield "run.packing does not go with blip2_qformer, which compares images with captions row by row: set it to false."
 
 
-RULES = (_task, _vision_dimensions, _something_to_train, _feature_cache, _sizes, _dataset_names)
+RULES = (_task, _vision_dimensions, _something_to_train, _feature_cache, _sizes, _dataset_names, _annotation_addresses)

@@ -7,6 +7,7 @@ The models' own sections are in lavis/models/configs.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Optional
 
 
@@ -33,20 +34,35 @@ def opt(
     return field(default=default, metadata=metadata)
 
 
+def as_list(value: Any) -> list[Any]:
+    """The items of a key that takes one value or a list; null is none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 @dataclass
 class ModelConfig:
     """Keys common to all models."""
 
     arch: str = opt("minigpt4qwen", "name of the model in the registry")
     model_type: str = opt("default", "which of the model's default YAML files applies (qwen7b_chat, qwen14b_chat, ...)")
+    chat_template: Optional[str] = opt(None, "Jinja template of conversations, for an LLM that brings none; null = the tokenizer's, else ChatML")
 
 
 @dataclass
 class AnnotationSource:
     """Where the annotations of one split are."""
 
-    url: Optional[Any] = opt(None, "address to download from when the files are missing (one, or a list)")
+    url: Optional[Any] = opt(None, "https address that `lavis weights --download` fetches a missing file from (one, or a list: one for each file)")
+    sha256: Optional[Any] = opt(None, "SHA-256 of what is at url, 64 hexadecimal digits (one, or a list)")
     storage: Optional[Any] = opt(None, "annotation file, or a list of files; relative paths resolve under cache/")
+
+    def files(self) -> list[tuple[str, Optional[str], Optional[str]]]:
+        """(path, address, SHA-256) of each file; the last two are None where they are not given.
+
+        A `url` that is a path, as in the original's files, is no address.
+        """
+        rows = zip_longest(*map(as_list, (self.storage, self.url, self.sha256)))
+        return [(path, url if url and "://" in url else None, sha256) for path, url, sha256 in rows if path]
 
 
 @dataclass

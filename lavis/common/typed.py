@@ -22,7 +22,10 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 """What the `registry` of a schema field refers to."""
 
-ALIASES: dict[str, dict[Any, Any]] = {"autocast_dtype": {"bfloat16": "bf16", "float16": "fp16"}}
+ALIASES: dict[str, dict[Any, Any]] = {
+    "autocast_dtype": {"bfloat16": "bf16", "float16": "fp16"},
+    "loss_scale": {True: None, False: None},  # the original's switch; here fp16 scales and bf16 does not
+}
 """Other spellings of a field's values that older recipes use."""
 
 
@@ -71,7 +74,7 @@ def read_dataclass(cls: type, value: Any, key: str, problems: list[Problem]) -> 
 
 def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
     before = len(problems)
-    value = ALIASES.get(field.name, {}).get(value, value) if isinstance(value, str) else value
+    value = ALIASES.get(field.name, {}).get(value, value) if isinstance(value, (str, bool)) else value
     value = read_value(hint, value, key, problems)
     if len(problems) > before or not field.metadata:
         return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavis.common.errors import ConfigError, DataError
@@ -11,8 +10,10 @@ from lavis.common.registries import DATASETS
 from lavis.common.schema import DatasetConfig, ModelConfig
 from lavis.datasets.builders import InstructionBuilder
 from lavis.datasets.prepare import PreparedTable, prepare
-from lavis.datasets.template import CaptionTemplate, ChatTemplate
+from lavis.datasets.template import CaptionTemplate, ChatTemplate, ensure_image_token
 from lavis.models.configs import Blip2QFormerStage1Config, CausalLMConfig, MiniGPT4QwenConfig
+from lavis.models.gguf import gguf_arguments, is_gguf
+from lavis.models.qwen1_format import is_qwen1
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,18 +40,25 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
+    from lavis.datasets.qwen1_tokenizer import qwen1_tokenizer
+
     key, name = tokenizer_key(model)
     folder = resolve(name)
-    source: str | Path = folder if folder.exists() else name
+    source = {"pretrained_model_name_or_path": str(folder if folder.exists() else name)}
+    source = gguf_arguments(name) if is_gguf(name) else source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = qwen1_tokenizer(folder) if is_qwen1(folder) else AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(
             f"no tokenizer could be loaded from {name!r} (looked in {folder}): {error}\n"
             f"Put the tokenizer's files there, or set {key} to their folder or hub name."
         ) from error
     if not tokenizer.is_fast:
-        raise DataError(f"the tokenizer in {source} is not a fast one: save a tokenizer.json beside it.")
+        raise DataError(f"the tokenizer in {folder} is not a fast one: save a tokenizer.json beside it.")
+    if model.chat_template:
+        tokenizer.chat_template = model.chat_template
+    if isinstance(model, MiniGPT4QwenConfig):
+        ensure_image_token(tokenizer)
     return tokenizer
 
 

@@ -44,15 +44,13 @@ class InstructionBuilder:
         if split not in self.splits:
             hint = did_you_mean(split, self.splits)
             raise DataError(f"dataset {self.name!r} has no split {split!r}.{hint} It has: {', '.join(self.splits) or 'none'}.")
-        source = self.config.build_info.annotations[split]
-        storage = source.storage if isinstance(source.storage, list) else [source.storage]
-        files = [resolve(path) for path in storage]
-        for file in files:
-            if not file.is_file():
-                get = f"Download {source.url} to there" if source.url else "Put it there"
+        files = self.config.build_info.annotations[split].files()
+        for path, url, _ in files:
+            if not resolve(path).is_file():
+                get = f"`lavis weights RECIPE --download` fetches it from {url}; else put it there" if url else "Put it there"
                 key = f"datasets.{self.name}.build_info.annotations.{split}.storage"
-                raise DataError(f"annotation file {file} does not exist. {get}, or set {key}.")
-        return files
+                raise DataError(f"annotation file {resolve(path)} does not exist. {get}, or set {key}.")
+        return [resolve(path) for path, _, _ in files]
 
     def rows(self, split: str, on_error: OnError | None = None) -> Iterator[tuple[str, Row]]:
         """Rows of a split, each with the name by which messages call it. `on_error`: see read_rows."""
@@ -131,9 +129,12 @@ class ShapesBuilder(InstructionBuilder):
 
 @DATASETS.register("shapes_instruction")
 class ShapesInstruction(ShapesBuilder):
-    """Captions, questions and dialogues about pictures; the pictures of `test` show held-out combinations."""
+    """Captions, questions and dialogues about pictures; the pictures of `test` show held-out combinations.
 
-    files = {"train": "train.json", "val": "val.json", "test": "test.json"}
+    `interviews` are those of `train`, each with a question of every kind in one dialogue: most answers for the compute.
+    """
+
+    files = {"train": "train.json", "interviews": "interviews.json", "val": "val.json", "test": "test.json"}
 
 
 @DATASETS.register("shapes_caption")

@@ -343,6 +343,12 @@ def _digest(version: str, tokenizer: PreTrainedTokenizerFast, *settings: object)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def ensure_image_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Add a token for image places if the tokenizer has none. It needs no row in the LLM's embedding, as its vectors are replaced."""
+    if all(tokenizer.backend_tokenizer.token_to_id(token) is None for token in IMAGE_TOKENS):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]}, replace_extra_special_tokens=False)
+
+
 def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """Id of the token that holds the place of an image vector. Raises DataError if the tokenizer has none that could."""
     return ChatTemplate(tokenizer, num_query_token=1).image_token_id

@@ -13,7 +13,7 @@ from lavis.common.registries import MODELS
 from lavis.datasets.assemble import load_tokenizer
 from lavis.datasets.types import Batch
 from lavis.models.configs import CausalLMConfig
-from lavis.models.llm import generate, load_llm, new_llm, supervised_loss
+from lavis.models.llm import check_context, generate, load_llm, new_llm, supervised_loss
 from lavis.models.output import LossOutput
 
 
@@ -36,6 +36,7 @@ class CausalLM(nn.Module):
         else:
             special_ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
             llm = new_llm(config.llm_config, len(tokenizer), special_ids)
+        check_context(llm, config.max_txt_len)
         if config.llm_grad_checkpoint:
             llm.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(llm)

@@ -88,6 +88,7 @@ class MiniGPT4QwenConfig(VisionConfig):
     qformer_text_input: bool = opt(False, "give the question to the Q-Former", choices=(False,))
     llm_model: str = opt("ckpt/Qwen7B-chat", "folder of the LLM and its tokenizer, or a name on the Hugging Face hub")
     llm_device_map: Optional[str] = opt(None, "where the LLM's layers go in chat", choices=(None, "cpu", "auto"))
+    llm_quantization: Optional[str] = opt(None, "type of a frozen LLM's weights, if not that of the device (bitsandbytes)", choices=(None, "int8", "int4"))
     freeze_llm: bool = opt(True, "do not train the LLM")
     freeze_proj: bool = opt(False, "do not train the linear layer between Q-Former and LLM")
     get_lora: bool = opt(False, "train LoRA adapters on the parts in lora_parts")

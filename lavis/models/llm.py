@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lavis.common.errors import CheckpointError, ConfigError
+from lavis.common.errors import CheckpointError, ConfigError, DataError
 from lavis.common.paths import resolve
 from lavis.datasets.types import IGNORE_INDEX
+from lavis.models.gguf import gguf_arguments, is_gguf
+from lavis.models.qwen1 import load_qwen1
+from lavis.models.qwen1_format import is_qwen1
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()
@@ -37,21 +41,40 @@ def frozen_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_llm(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The causal LM in the folder `name` (relative paths: see lavis.common.paths.resolve) or of that name on the hub, in `dtype`.
+def load_llm(
+    name: str, dtype: torch.dtype | Literal["auto"] = torch.float32, *, device_map: str | None = None, quantization: str | None = None
+) -> PreTrainedModel:
+    """The causal LM in the folder or GGUF file `name` (relative paths: see lavis.common.paths.resolve) or of that name on the hub.
 
-    Raises CheckpointError when there is none.
+    dtype: of the weights that are not quantised. device_map: transformers' (`auto` spreads the layers over the devices that are there).
+    quantization: int8 or int4 (bitsandbytes). Raises CheckpointError when there is no such LLM.
     """
     folder = resolve(name)
-    source: str | Path = folder if folder.exists() else name
+    source = {"pretrained_model_name_or_path": str(folder if folder.exists() else name)}
+    source = gguf_arguments(name) if is_gguf(name) else source
+    settings = {"dtype": dtype, "device_map": device_map, "quantization_config": _quantization(quantization, dtype)}
+    options = {key: value for key, value in settings.items() if value is not None}
+    if is_qwen1(folder):
+        return load_qwen1(folder, **options)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(**source, **options, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"no language model could be loaded from {name!r} (looked in {folder}): {error}\n"
             "Put the model's folder there, or set model.llm_model to its path or hub name. It must be an architecture that transformers has "
-            "built in (first-generation Qwen is not; Qwen2 and later are)."
+            "built in, or first-generation Qwen, which is read from a folder (not by its hub name)."
         ) from error
+
+
+def _quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings of a recipe's `llm_quantization`. Raises ConfigError if it is not installed."""
+    if kind is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"model.llm_quantization {kind} needs bitsandbytes: pip install 'lavis[quant]', or set it to null.")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def new_llm(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, int]) -> PreTrainedModel:
@@ -68,6 +91,18 @@ def new_llm(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, 
         return AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model.llm_config is not a configuration transformers accepts: {error}") from error
+
+
+def context_length(llm: PreTrainedModel) -> int:
+    """The most positions `llm` can tell apart, tokens; beyond them its answers would be wrong without an error."""
+    # Models without positions of their own, such as Mamba, name no limit.
+    return getattr(llm.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+
+
+def check_context(llm: PreTrainedModel, max_txt_len: int) -> None:
+    """Raise ConfigError if samples of `max_txt_len` tokens are more than `llm` can read."""
+    if max_txt_len > context_length(llm):
+        raise ConfigError(f"model.max_txt_len is {max_txt_len}, but the LLM reads at most {context_length(llm)} tokens: lower it, or choose another LLM.")
 
 
 def supervised_loss(
@@ -111,15 +146,20 @@ def generate(
     lengths: Sequence[int],
     stop_token_ids: Sequence[int],
     pad_token_id: int,
+    *,
+    max_new_tokens: int = 512,
     **settings: Any,
 ) -> list[list[int]]:
-    """Continue right-padded prompts.
+    """Continue right-padded prompts by at most `max_new_tokens`, or to the end of the LLM's context.
 
-    inputs_embeds: [B, L, D]; lengths: true length of each row. `settings` go to transformers' generate (max_new_tokens,
-    do_sample, ...). Returns the new ids of each row, without the stop token.
+    inputs_embeds: [B, L, D]; lengths: true length of each row. `settings` go to transformers' generate (do_sample, ...).
+    Returns the new ids of each row, without the stop token. Raises DataError for a prompt that fills the context.
     """
-    rows = [row[:n] for row, n in zip(inputs_embeds, lengths, strict=True)]
     longest = max(lengths)
+    room = context_length(llm) - longest
+    if room < 1:
+        raise DataError(f"a prompt of {longest} tokens leaves no room for an answer: the LLM reads {context_length(llm)}. Shorten the conversation.")
+    rows = [row[:n] for row, n in zip(inputs_embeds, lengths, strict=True)]
     embeds = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
     places = torch.arange(longest, device=embeds.device)
     mask = torch.stack([places >= longest - n for n in lengths]).long()
@@ -128,6 +168,7 @@ def generate(
         attention_mask=mask,
         eos_token_id=list(stop_token_ids),
         pad_token_id=pad_token_id,
+        max_new_tokens=min(max_new_tokens, room),
         **settings,
     )
     return [list(takewhile(lambda t: t not in stop_token_ids, row)) for row in ids.tolist()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from lavis.datasets.assemble import load_tokenizer
 from lavis.datasets.template import image_token_id
 from lavis.datasets.types import Batch
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.llm import DTYPES, add_lora, frozen_dtype, generate, load_llm, supervised_loss
+from lavis.models.llm import DTYPES, add_lora, check_context, frozen_dtype, generate, load_llm, supervised_loss
 from lavis.models.output import LossOutput
+from lavis.models.pretrained import load_model, save_model
 from lavis.models.vision import Blip2Base
 from lavis.models.weights import load_configured
 
@@ -44,19 +46,40 @@ class MiniGPT4Qwen(Blip2Base):
 
     @classmethod
     def from_config(
-        cls, config: MiniGPT4QwenConfig, tokenizer: PreTrainedTokenizerBase | None = None, device: torch.device | str = "cpu"
+        cls,
+        config: MiniGPT4QwenConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: torch.device | str = "cpu",
+        llm_dtype: torch.dtype | Literal["auto"] | None = None,
     ) -> MiniGPT4Qwen:
         """The model with the weights its configuration names, in the precision that suits `device` (it stays on the CPU).
 
-        Raises CheckpointError for a missing or wrong weight file.
+        llm_dtype: another type of the LLM's weights; `auto` is that of its files. Raises CheckpointError for a missing or wrong weight file.
         """
         tokenizer = tokenizer or load_tokenizer(config)
-        llm = load_llm(config.llm_model, frozen_dtype(device) if config.freeze_llm else torch.float32)
+        dtype = llm_dtype or (frozen_dtype(device) if config.freeze_llm else torch.float32)
+        llm = load_llm(config.llm_model, dtype, device_map=config.llm_device_map, quantization=config.llm_quantization)
+        check_context(llm, config.max_txt_len)
         model = cls(config, llm, image_token_id(tokenizer), on_meta=bool(config.load_pretrained and config.pretrained))
         load_configured(model, config)
         if torch.device(device).type == "cuda" and model.tower_frozen:
             model.cast_frozen_vit(DTYPES[config.vit_precision])
         return model
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> MiniGPT4Qwen:
+        """The model that `save_pretrained` or `lavis export hf` wrote, in eval mode, in the precision that suits `device` (it stays on the CPU).
+
+        Raises CheckpointError when the folder holds something else, or not all of it.
+        """
+        model = load_model(cls, folder, frozen_dtype(device))
+        if torch.device(device).type == "cuda" and model.tower_frozen:
+            model.cast_frozen_vit(DTYPES[model.config.vit_precision])
+        return model
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Write the whole model to `folder`: configuration and safetensors files of at most `max_shard_size`. `from_pretrained` opens it."""
+        save_model(self, folder, max_shard_size)
 
     def _add_adapters(self, config: MiniGPT4QwenConfig) -> None:
         parts: dict[str, nn.Module] = {"llm": self.llm_model, "vit": self.visual_encoder, "qformer": self.Qformer}
@@ -66,6 +89,16 @@ class MiniGPT4Qwen(Blip2Base):
         self.vit_trained |= "vit" in config.lora_parts
         self.qformer_trained |= "qformer" in config.lora_parts
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MiniGPT4Qwen:
+        """What `.to(device)` does, but an LLM that `llm_device_map` has placed stays where it is."""
+        if self.config.llm_device_map is None:
+            return super()._apply(fn, recurse)
+        llm = self._modules.pop("llm_model")
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._modules["llm_model"] = llm
+
     def train(self, mode: bool = True) -> MiniGPT4Qwen:
         """As Blip2Base.train; a frozen LLM stays in eval mode unless its activations are recomputed (which needs train mode)."""
         super().train(mode)
@@ -74,13 +107,14 @@ class MiniGPT4Qwen(Blip2Base):
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D_llm]: the LLM's own, with each placeholder replaced by a projected query vector."""
-        embeds = self.llm_model.get_input_embeddings()(batch.input_ids)
+        table = self.llm_model.get_input_embeddings()
+        ids = batch.input_ids.to(table.weight.device)
+        places = ids == self.image_token_id
+        embeds = table(ids.masked_fill(places, 0))  # a placeholder that was added to the tokenizer has no row of its own
         if batch.pixel_values is None and batch.features is None:
             return embeds
         queries = self.encode_images(batch.pixel_values) if batch.features is None else batch.features
-        vectors = self.llm_proj(queries).to(embeds.dtype)
-        places = (batch.input_ids == self.image_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(places, vectors)
+        return embeds.masked_scatter(places.unsqueeze(-1), self.llm_proj(queries).to(embeds))
 
     def forward(self, batch: Batch) -> LossOutput:
         """Loss over the batch's supervised tokens."""

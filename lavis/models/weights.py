@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from lavis.common.errors import CheckpointError
 from lavis.common.paths import resolve
 from lavis.models.configs import VisionConfig
+from lavis.models.qwen1_format import with_qwen2_names
 
 log = logging.getLogger(__name__)
 
@@ -63,19 +65,26 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     file = resolve(path)
     if not file.is_file():
         raise CheckpointError(f"weight file {str(path)!r} does not exist (looked for {file}). Put it there or mend the recipe.")
-    try:
+    with reading(file):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as f:
                 return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - safe_open is no mapping
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{file} can't be read (truncated, or no weight file): {error}") from error
-    except Exception as error:  # torch raises pickle.UnpicklingError, a plain Exception, for what it refuses to run
-        raise CheckpointError(f"{file} holds more than tensors, which was not loaded: {str(error).splitlines()[0]}") from error
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise CheckpointError(f"{file} holds no dict of tensors: is it a weight file?")
     return content
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever goes wrong inside while `file` is read becomes a CheckpointError that names it."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{file} can't be read (truncated, or no weight file): {error}") from error
+    except Exception as error:  # torch raises pickle.UnpicklingError, a plain Exception, for what it refuses to run
+        raise CheckpointError(f"{file} holds more than tensors, which was not loaded: {str(error).splitlines()[0]}") from error
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, dtype: torch.dtype) -> Path:
@@ -104,20 +113,7 @@ def load_tensors(
     """
     tensors, resized = _with_resized_positions(module, tensors)
     own = {k: v for k, v in module.state_dict().items() if wanted(k)}
-    missing = sorted(own.keys() - tensors.keys())
-    unexpected = sorted(k for k in tensors.keys() - own.keys() if not ignored(k))
-    wrong = [
-        f"{k}: {list(tensors[k].shape)} in the file, {list(own[k].shape)} in the model"
-        for k in sorted(own.keys() & tensors.keys())
-        if tensors[k].shape != own[k].shape
-    ]
-    problems = [
-        f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{file} does not fit the model; tensors " + "; tensors ".join(problems) + ".")
+    check_fit(file, {k: v.shape for k, v in own.items()}, {k: v.shape for k, v in tensors.items()}, ignored)
     real = {k: tensors[k].to(target.dtype) for k, target in own.items() if target.is_meta}
     module.load_state_dict(real, strict=False, assign=True)
     with torch.no_grad():
@@ -126,6 +122,24 @@ def load_tensors(
     report = LoadReport(str(file), tuple(sorted(own)), tuple(sorted(tensors.keys() - own.keys())), resized)
     log.info("%s", report)
     return report
+
+
+def check_fit(
+    file: str | Path, own: Mapping[str, torch.Size], found: Mapping[str, torch.Size], ignored: Callable[[str], bool]
+) -> None:
+    """Raise CheckpointError listing what `file` lacks, has too much (unless `ignored`) or in another shape; `own` and `found`: name to shape."""
+    missing = sorted(own.keys() - found.keys())
+    unexpected = sorted(k for k in found.keys() - own.keys() if not ignored(k))
+    wrong = [
+        f"{k}: {list(found[k])} in the file, {list(own[k])} in the model" for k in sorted(own.keys() & found.keys()) if found[k] != own[k]
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{file} does not fit the model; tensors " + "; tensors ".join(problems) + ".")
 
 
 def _with_resized_positions(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> tuple[Mapping[str, torch.Tensor], tuple[str, ...]]:
@@ -181,8 +195,8 @@ def load_finetuned(model: nn.Module, finetuned: str) -> LoadReport:
 
     The file may hold any part of the model; it must hold every trainable tensor, and nothing the model lacks.
     """
-    tensors = {_qformer_name(k): v for k, v in read_tensors(finetuned).items()}
     own = model.state_dict().keys()
+    tensors = {_qformer_name(k): v for k, v in with_qwen2_names(read_tensors(finetuned), "llm_model.", keep=own).items()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     return load_tensors(
         model,

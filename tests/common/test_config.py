@@ -87,7 +87,7 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
         (["run.freeze_qfromer=true"], "Did you mean 'freeze_qformer'"),
         (["runs.seed=3"], "unknown section. Did you mean 'run'"),
         (["model.arch=minigpt4qwn"], "(--options): unknown model 'minigpt4qwn'. Did you mean 'minigpt4qwen'"),
-        (["model.model_type=qwen7b"], "no type 'qwen7b'. Did you mean 'qwen7b_chat'"),
+        (["model.model_type=qwen7b_caht"], "no type 'qwen7b_caht'. Did you mean 'qwen7b_chat'"),
         (["datasets.lava_instruction.format=auto"], "unknown dataset. Did you mean 'llava_instruction'"),
         (["run.trackers=[tensorbord]"], "'tensorbord' is not one of: tensorboard, wandb, swanlab"),
         (["datasets.minigpt4_instruction.vis_processor.train.name=blip2_image"], "unknown processor 'blip2_image'"),

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lavis.common.errors import DataError
-from lavis.datasets.template import CaptionTemplate, ChatTemplate, without_images
+from lavis.datasets.template import CaptionTemplate, ChatTemplate, ensure_image_token, image_token_id, without_images
 from lavis.datasets.text_encoder import special_ids
 from lavis.datasets.types import IGNORE_INDEX, Conversation, ImageRef, Message, RowError
 
@@ -276,6 +276,17 @@ def test_long_prompt_loses_text_never_images(tokenizer: PreTrainedTokenizerFast)
     assert text.startswith(f"{S}system\nno{E}\n") and text.endswith(f" What{E}\n{S}assistant\n")
     with pytest.raises(RowError):
         ChatTemplate(tokenizer, QUERIES, max_length=10).encode_prompt(conversation)
+
+
+def test_a_tokenizer_without_a_token_for_images_gets_one() -> None:
+    tokenizer = small_tokenizer(["<|im_start|>", "<|im_end|>"])
+    with pytest.raises(DataError, match="image's place"):
+        image_token_id(tokenizer)
+    size = len(tokenizer)
+    ensure_image_token(tokenizer)
+    assert image_token_id(tokenizer) == size and "<|im_start|>" in tokenizer.all_special_tokens
+    ensure_image_token(tokenizer)
+    assert len(tokenizer) == size + 1
 
 
 # ---- captions and blind baselines

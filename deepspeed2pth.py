@@ -1,0 +1,8 @@
+"""The model of a ZeRO 0, 1 or 2 checkpoint as model.pth: `python deepspeed2pth.py --ckpt_dir DIR`."""
+
+import sys
+
+from lavis.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", "deepspeed2pth", *sys.argv[1:]]))

@@ -1,0 +1,46 @@
+"""`lavis convert`: checkpoints and weights of other programs into the files that this one and its like read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DEEPSPEED = {
+    "deepspeed2pth": "model of a ZeRO 0, 1 or 2 checkpoint of the original, to model.pth",
+    "pipe_proj2pth": "projection of a pipeline checkpoint of the original, to model.pth",
+    "pipemodel2pth": "projection and LLM of a pipeline checkpoint of the original, to unfreeze_llm_model.pth",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The conversions below `lavis convert`."""
+    conversions = parser.add_subparsers(dest="conversion", required=True, metavar="CONVERSION")
+    for name, text in DEEPSPEED.items():
+        conversion = conversions.add_parser(name, help=text, description=text)
+        conversion.add_argument("--ckpt_dir", "--ckpt-dir", type=Path, required=True, help="folder of one step or epoch; the result is written into it")
+    text = "a first-generation Qwen folder, to a Qwen2 folder that transformers opens by itself (lavis itself needs no conversion)"
+    qwen1 = conversions.add_parser("qwen1", help=text, description=text)
+    qwen1.add_argument("source", type=Path, help="folder with config.json, weights and qwen.tiktoken")
+    qwen1.add_argument("target", type=Path, help="folder to write")
+    qwen1.add_argument("--max-shard-size", default="2GB", help="largest weight file, such as 500MB (default 2GB)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print the files written; the exit code."""
+    from lavis.common.logging import setup_logging
+
+    setup_logging()
+    for file in _convert(args):
+        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> list[Path]:
+    if args.conversion == "qwen1":
+        from lavis.common.paths import resolve
+        from lavis.converters.qwen1_folder import convert_qwen1
+
+        return convert_qwen1(resolve(args.source), args.target.absolute(), args.max_shard_size)
+    from lavis.converters import deepspeed
+
+    return [getattr(deepspeed, args.conversion)(args.ckpt_dir)]

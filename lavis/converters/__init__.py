@@ -1,0 +1,1 @@
+"""Between checkpoint dialects: what was trained here for other programs, and the other way round."""
