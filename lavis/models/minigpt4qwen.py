@@ -27,7 +27,7 @@ class MiniGPT4Qwen(Blip2Base):
     """Images become `num_query_token` vectors in the LLM's embedding space, at the places of the image placeholders.
 
     Each part is frozen, trained in full, or trained through LoRA adapters, as the configuration says.
-    `image_token_id` is the id of the placeholder in input_ids.
+    `image_token_id` is the id of the placeholder in input_ids. Adapters are put on by `add_adapters`, once the weights are there.
     """
 
     def __init__(self, config: MiniGPT4QwenConfig, llm: PreTrainedModel, image_token_id: int, *, on_meta: bool = False) -> None:
@@ -41,8 +41,6 @@ class MiniGPT4Qwen(Blip2Base):
         self.llm_proj.requires_grad_(not config.freeze_proj)
         if config.llm_grad_checkpoint:
             llm.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.get_lora:
-            self._add_adapters(config)
 
     @classmethod
     def from_config(
@@ -61,7 +59,7 @@ class MiniGPT4Qwen(Blip2Base):
         llm = load_llm(config.llm_model, dtype, device_map=config.llm_device_map, quantization=config.llm_quantization)
         check_context(llm, config.max_txt_len)
         model = cls(config, llm, image_token_id(tokenizer), on_meta=bool(config.load_pretrained and config.pretrained))
-        load_configured(model, config)
+        load_configured(model, config, model.add_adapters)
         if torch.device(device).type == "cuda" and model.tower_frozen:
             model.cast_frozen_vit(DTYPES[config.vit_precision])
         return model
@@ -81,7 +79,14 @@ class MiniGPT4Qwen(Blip2Base):
         """Write the whole model to `folder`: configuration and safetensors files of at most `max_shard_size`. `from_pretrained` opens it."""
         save_model(self, folder, max_shard_size)
 
-    def _add_adapters(self, config: MiniGPT4QwenConfig) -> None:
+    def add_adapters(self) -> None:
+        """Put on the LoRA adapters that the configuration asks for. Once, when the parts have the weights that the adapters are for."""
+        config = self.config
+        if not config.get_lora:
+            return
+        if "vit" in config.lora_parts:
+            for block in self.visual_encoder.blocks:
+                block.attn.qkv_bias_separate = True  # else timm takes the weight of `qkv` and passes an adapter by
         parts: dict[str, nn.Module] = {"llm": self.llm_model, "vit": self.visual_encoder, "qformer": self.Qformer}
         for part in config.lora_parts:
             add_lora(parts[part], r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)

@@ -71,6 +71,7 @@ def load_model(cls: type[MiniGPT4Qwen], folder: str | Path, frozen: torch.dtype)
         llm_config, image_token_id = values["llm"], values["image_token_id"]
     llm = _llm(llm_config, tensors, where, frozen if config.freeze_llm else torch.float32)
     model = cls(config, llm, image_token_id, on_meta=True)
+    model.add_adapters()
     state = model.state_dict()
     held = {state[name].data_ptr() for name in tensors.keys() & state.keys() if not state[name].is_meta}
     tied = {name for name, tensor in state.items() if name not in tensors and tensor.data_ptr() in held}

@@ -151,16 +151,21 @@ def _with_resized_positions(module: nn.Module, tensors: Mapping[str, torch.Tenso
     return {**tensors, _POS_EMBED: resample_abs_pos_embed(given, [side, side], antialias=False)}, (_POS_EMBED,)
 
 
-def load_configured(model: nn.Module, config: VisionConfig) -> None:
-    """Load the weight files that `config` names; after that nothing is on the meta device. Raises CheckpointError for a missing or wrong one."""
+def load_configured(model: nn.Module, config: VisionConfig, add_adapters: Callable[[], None] | None = None) -> None:
+    """Load the weight files that `config` names; after that nothing is on the meta device. Raises CheckpointError for a missing or wrong one.
+
+    `add_adapters` puts LoRA adapters on the loaded parts, before what was trained is loaded over them.
+    """
     if config.load_pretrained and config.vit_pretrained:
         load_vit(model, config.vit_pretrained)
     if config.load_pretrained and config.pretrained:
         load_tower(model, config.pretrained, with_vit=not config.vit_pretrained)
-    if config.load_finetuned and config.finetuned:
-        load_finetuned(model, config.finetuned)
     for attention in (block.attn for block in model.visual_encoder.blocks):  # the one thing that is in no file: always zero
         attention.k_bias = torch.zeros_like(attention.k_bias, device=attention.qkv.weight.device)
+    if add_adapters is not None:
+        add_adapters()
+    if config.load_finetuned and config.finetuned:
+        load_finetuned(model, config.finetuned)
 
 
 def load_vit(model: nn.Module, vit_pretrained: str) -> LoadReport:

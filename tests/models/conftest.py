@@ -44,7 +44,9 @@ def randomize(model):
 def small_model(**changes):
     torch.manual_seed(0)
     config = MiniGPT4QwenConfig(**tower_settings(**changes))
-    return randomize(MiniGPT4Qwen(config, small_llm(), IMAGE_ID)).train()
+    model = MiniGPT4Qwen(config, small_llm(), IMAGE_ID)
+    model.add_adapters()
+    return randomize(model).train()
 
 
 def batch_of(lengths, images, seed=0):

@@ -77,6 +77,26 @@ def test_a_model_made_without_values_gets_all_of_them_from_its_files(tmp_path):
     assert not model.query_tokens.requires_grad
 
 
+def test_adapters_are_put_on_the_loaded_tower_and_each_has_an_effect(tmp_path):
+    source = small_model()
+    save_file({k: v.clone() for k, v in source.state_dict().items() if not k.startswith("llm_")}, tmp_path / "tower.safetensors")
+    adapters = {"get_lora": True, "lora_parts": ["vit", "qformer"], "lora_dropout": 0.0}
+    config = MiniGPT4QwenConfig(**tower_settings(), pretrained=str(tmp_path / "tower.safetensors"), **adapters)
+    model = MiniGPT4Qwen(config, small_llm(), IMAGE_ID, on_meta=True)
+    load_configured(model, config, model.add_adapters)
+    pixels = torch.randn(2, 3, 32, 32)
+    plain = source.eval().encode_images(pixels)
+    torch.testing.assert_close(model.eval().encode_images(pixels), plain)
+    adapted = {name: p for name, p in model.named_parameters() if ".lora_B." in name}
+    assert any(".attn.qkv.lora_B" in name for name in adapted)
+    for name, p in adapted.items():
+        with torch.no_grad():
+            p.normal_()
+            changed = not torch.allclose(model.encode_images(pixels), plain, rtol=1e-3)
+            p.zero_()
+        assert changed, name
+
+
 def test_missing_unexpected_and_misshapen_tensors_are_named_and_nothing_is_copied(tmp_path):
     model = small_model()
     before = model.ln_vision.weight.clone()
