@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lavis.common.errors import CheckpointError
+from lavis.common.json_file import read_json
+from lavis.models.weights import read_tensors
 
 MARKER = "COMPLETE"
 _HASHED_WHOLE = 16 << 20
@@ -47,7 +49,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk. Reading one that has been deleted or damaged since raises CheckpointError."""
 
     path: Path
     step: int
@@ -55,15 +57,15 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The trained tensors, on the CPU."""
-        return load_file(self.path / "trainable.safetensors")
+        return read_tensors(self.path / "trainable.safetensors")
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """The optimiser's state, on the CPU."""
-        return load_file(self.path / "optimizer.safetensors")
+        return read_tensors(self.path / "optimizer.safetensors")
 
     def state(self) -> TrainState:
         """The counters."""
-        return TrainState(**json.loads((self.path / "state.json").read_text()))
+        return TrainState(**read_json(self.path / "state.json"))
 
 
 def save_checkpoint(

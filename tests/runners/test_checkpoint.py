@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,3 +90,11 @@ def test_identity_looks_at_both_ends_of_a_large_file(tmp_path):
     first = identity(file)
     file.write_bytes(bytes(size - 1) + b"1")
     assert identity(file) != first
+
+
+def test_a_checkpoint_that_has_gone_is_told(tmp_path):
+    found = save(tmp_path, 5)
+    shutil.rmtree(found.path)
+    for read in (found.tensors, found.optimizer_tensors, found.state):
+        with pytest.raises(CheckpointError, match="step-5"):
+            read()
