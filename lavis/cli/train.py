@@ -8,6 +8,8 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of train.py."""
     add_recipe_arguments(parser)
+    parser.add_argument("--num-stages", type=int, metavar="N", help="train over a pipeline of N stages: short for --options run.runner=pipeline_runner run.num_stages=N")
+    parser.add_argument("--llm-grad-ckpt", action="store_true", help="short for --options model.llm_grad_checkpoint=true")
     parser.add_argument("--use-deepspeed", action="store_true", help="short for --options run.runner=deepspeed_runner")
 
 
@@ -28,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     setup_logging()
     options = [*args.options, *(["run.runner=deepspeed_runner"] if args.use_deepspeed else [])]
+    options += ["run.runner=pipeline_runner", f"run.num_stages={args.num_stages}"] if args.num_stages is not None else []
+    options += ["model.llm_grad_checkpoint=true"] if args.llm_grad_ckpt else []
     recipe = load_recipe(args.cfg_path, options)
 
     from lavis.runners import train_recipe

@@ -18,6 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lavis.common.deepspeed import DEEPSPEED_RUNNERS, shared_values
 from lavis.common.errors import ConfigError, RegistryError, did_you_mean
 from lavis.common.files import missing_files
 from lavis.common.logging import warn_once
@@ -86,8 +87,29 @@ def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
     _check_sections(user[0])
     recipe = _build([*_default_layers(user), *user], file)
     _warn_unused(recipe)
+    recipe = with_deepspeed_section(recipe)
     validate(recipe)
     return recipe
+
+
+def with_deepspeed_section(recipe: Recipe) -> Recipe:
+    """`recipe` with what its run.deepspeed_config says about keys of `run` that nothing else sets.
+
+    Where both say something else, `run` holds and a warning names the two. Only for runners that use DeepSpeed.
+    """
+    if recipe.run.runner not in DEEPSPEED_RUNNERS:
+        return recipe
+    adopted: dict[str, Any] = {}
+    for key, name, value in shared_values(recipe.run.deepspeed_config):
+        own, origin = getattr(recipe.run, key), recipe.origins[f"run.{key}"]
+        if own == value:
+            continue
+        if origin == SCHEMA:
+            adopted[key] = value
+            recipe.origins[f"run.{key}"] = f"{label(recipe.source)}: run.deepspeed_config.{name}"
+        else:
+            warn_once(f"run.{key} is {own} ({origin}) but run.deepspeed_config.{name} says {value}: {own} is used.")
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, **adopted))
 
 
 def validate(recipe: Recipe) -> None:

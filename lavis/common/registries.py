@@ -50,6 +50,7 @@ RUNNERS: Registry[Any] = Registry(
     lazy={
         "runner_base": "lavis.runners.runner_base",
         "deepspeed_runner": "lavis.runners.deepspeed_runner",
+        "pipeline_runner": "lavis.runners.pipeline_runner",
         "tokenizer_runner": "lavis.runners.tokenizer_runner",
     },
 )

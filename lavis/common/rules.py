@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lavis.common.deepspeed import DEEPSPEED_RUNNERS
 from lavis.common.schema import as_list
 from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
 
@@ -150,4 +151,19 @@ def _task(recipe: Recipe) -> Iterator[str]:
         yield "run.packing does not go with blip2_qformer, which compares images with captions row by row: set it to false."
 
 
-RULES = (_task, _vision_dimensions, _something_to_train, _feature_cache, _sizes, _dataset_names, _annotation_addresses)
+def _deepspeed(recipe: Recipe) -> Iterator[str]:
+    run = recipe.run
+    if run.runner not in DEEPSPEED_RUNNERS:
+        return
+    key = "run.deepspeed_config.zero_optimization.stage"
+    zero = run.deepspeed_config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
+    if stage not in (0, 1, 2, 3):
+        yield f"{key} is {stage!r}: it is 0, 1, 2 or 3."
+    if stage == 3 and getattr(recipe.model, "llm_quantization", None):
+        yield f"model.llm_quantization {recipe.model.llm_quantization} does not go with ZeRO-3, which splits weights: set it to null, or {key}=2."
+    if stage == 3 and run.export:
+        yield f"run.export needs whole weights, which no rank has under ZeRO-3: set it to null and use `lavis export`, or {key}=2."
+
+
+RULES = (_task, _vision_dimensions, _something_to_train, _feature_cache, _sizes, _dataset_names, _annotation_addresses, _deepspeed)

@@ -243,4 +243,6 @@ class RunConfig:
     world_size: Optional[int] = opt(None, "ranks", unused="torchrun's environment decides")
     dist_url: Optional[str] = opt(None, "rendezvous address", unused="torchrun's environment decides")
     distributed: Optional[bool] = opt(None, "more than one rank", unused="torchrun's environment decides")
-    deepspeed_config: dict[str, Any] = opt({}, "section handed to DeepSpeed (deepspeed_runner)")
+    num_stages: int = opt(1, "stages of a pipeline (pipeline_runner); ranks are a multiple of it", at_least=1)
+    stage_blocks: list[int] = opt([], "blocks of the LLM in each stage; empty = balanced by cost")
+    deepspeed_config: dict[str, Any] = opt({}, "section handed to DeepSpeed (deepspeed_runner, pipeline_runner)")

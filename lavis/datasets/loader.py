@@ -70,6 +70,14 @@ class ImageFolder:
             return None
 
 
+class NoImages:
+    """For a process that needs ids and labels alone: opens nothing."""
+
+    def load(self, paths: Sequence[str], seed: int) -> tuple[Pixels, int]:
+        """See ImageSource; no pixels."""
+        return {}, 0
+
+
 def collate(
     samples: Sequence[Sequence[Sample]],
     images: Mapping[str, torch.Tensor],

@@ -21,6 +21,9 @@ from lavis.models.output import LossOutput
 class CausalLM(nn.Module):
     """`llm_model` trained in full on the supervised tokens of conversations."""
 
+    logits_chunks: int | None = None
+    """See lavis.models.llm.cross_entropy_sum."""
+
     def __init__(self, llm: PreTrainedModel) -> None:
         super().__init__()
         self.llm_model = llm
@@ -47,7 +50,7 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch) -> LossOutput:
         """Loss over the batch's supervised tokens."""
-        loss_sum = supervised_loss(self.llm_model, self.embed(batch), batch.labels, batch.position_ids)
+        loss_sum = supervised_loss(self.llm_model, self.embed(batch), batch.labels, batch.position_ids, self.logits_chunks)
         return LossOutput(loss_sum, batch.num_tokens)
 
     def generate(self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any) -> list[list[int]]:

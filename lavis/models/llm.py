@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
@@ -106,26 +107,33 @@ def check_context(llm: PreTrainedModel, max_txt_len: int) -> None:
 
 
 def supervised_loss(
-    llm: PreTrainedModel, inputs_embeds: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
+    llm: PreTrainedModel, inputs_embeds: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor, chunks: int | None = None
 ) -> torch.Tensor:
     """Sum of the next-token cross-entropy over supervised positions, fp32 scalar.
 
     inputs_embeds: [B, L, D]; labels: int64 [B, L], not shifted; position_ids: int64 [B, L], restarting with each packed sample
     (transformers makes attention block-diagonal from that, as long as no attention mask and no cache is passed).
-    Logits exist at supervised positions only.
+    Logits exist at supervised positions only. `chunks`: see cross_entropy_sum.
     """
     hidden = llm.base_model(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False).last_hidden_state
     supervised = labels[:, 1:] != IGNORE_INDEX
-    return cross_entropy_sum(llm, hidden[:, :-1][supervised], labels[:, 1:][supervised])
+    return cross_entropy_sum(llm, hidden[:, :-1][supervised], labels[:, 1:][supervised], chunks)
 
 
-def cross_entropy_sum(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of the LM head at `hidden` [n, D] against `targets` int64 [n]; never more than a chunk of logits."""
-    vocab_size = llm.get_output_embeddings().weight.shape[0]
-    rows = max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size))
-    if len(targets) <= rows:
+def logits_rows(llm: PreTrainedModel) -> int:
+    """How many positions' logits are made at a time."""
+    return max(1, LOGITS_CHUNK_BYTES // (4 * llm.get_output_embeddings().out_features))
+
+
+def cross_entropy_sum(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, chunks: int | None = None) -> torch.Tensor:
+    """Summed cross-entropy of the LM head at `hidden` [n, D] against `targets` int64 [n], in as few chunks as keep the logits small.
+
+    `chunks`: calls of the head, where there have to be so many.
+    """
+    chunks = chunks or math.ceil(len(targets) / logits_rows(llm))
+    if chunks <= 1:
         return _head_loss(llm, hidden, targets)
-    pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+    pieces = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
     return torch.stack([checkpoint(_head_loss, llm, h, t, use_reentrant=False) for h, t in pieces]).sum()
 
 

@@ -30,6 +30,9 @@ class MiniGPT4Qwen(Blip2Base):
     `image_token_id` is the id of the placeholder in input_ids. Adapters are put on by `add_adapters`, once the weights are there.
     """
 
+    logits_chunks: int | None = None
+    """See lavis.models.llm.cross_entropy_sum."""
+
     def __init__(self, config: MiniGPT4QwenConfig, llm: PreTrainedModel, image_token_id: int, *, on_meta: bool = False) -> None:
         super().__init__(config, on_meta=on_meta)
         self.image_token_id = image_token_id
@@ -112,18 +115,22 @@ class MiniGPT4Qwen(Blip2Base):
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D_llm]: the LLM's own, with each placeholder replaced by a projected query vector."""
+        return self.embed_parts(batch.input_ids, batch.pixel_values if batch.features is None else batch.features)
+
+    def embed_parts(self, input_ids: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+        """As `embed`; images: pixel_values [N, 3, S, S] or features [N, Q, D] of the ids' placeholders, in reading order."""
         table = self.llm_model.get_input_embeddings()
-        ids = batch.input_ids.to(table.weight.device)
+        ids = input_ids.to(table.weight.device)
         places = ids == self.image_token_id
         embeds = table(ids.masked_fill(places, 0))  # a placeholder that was added to the tokenizer has no row of its own
-        if batch.pixel_values is None and batch.features is None:
+        if images is None:
             return embeds
-        queries = self.encode_images(batch.pixel_values) if batch.features is None else batch.features
+        queries = self.encode_images(images) if images.ndim == 4 else images
         return embeds.masked_scatter(places.unsqueeze(-1), self.llm_proj(queries).to(embeds))
 
     def forward(self, batch: Batch) -> LossOutput:
         """Loss over the batch's supervised tokens."""
-        loss_sum = supervised_loss(self.llm_model, self.embed(batch), batch.labels, batch.position_ids)
+        loss_sum = supervised_loss(self.llm_model, self.embed(batch), batch.labels, batch.position_ids, self.logits_chunks)
         return LossOutput(loss_sum, batch.num_tokens)
 
     def generate(self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any) -> list[list[int]]:

@@ -94,6 +94,11 @@ class Blip2Base(nn.Module):
         self.Qformer.train(mode and self.qformer_trained)
         return self
 
+    def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """(module, parameter of a part of it) where a forward reads a weight itself instead of calling the part: what splits weights over ranks must know."""
+        attentions = [block.attn for block in self.visual_encoder.blocks]
+        return [(attention, attention.qkv.weight) for attention in attentions if not attention.qkv_bias_separate]
+
     def cast_frozen_vit(self, dtype: torch.dtype) -> None:
         """Cast the frozen ViT's Linear and Conv weights to `dtype`; norms, q/v biases, positions and class token stay fp32."""
         for module in self.visual_encoder.modules():

@@ -12,7 +12,7 @@ from lavis.common.errors import ConfigError, TrainingError
 from lavis.common.paths import resolve
 from lavis.common.schema import ProcessorPair, RunConfig
 from lavis.datasets.assemble import make_builders, prepare_split
-from lavis.datasets.loader import ImageFolder, ImageSource, TrainLoader
+from lavis.datasets.loader import ImageFolder, ImageSource, NoImages, TrainLoader
 from lavis.datasets.prepare import PreparedTable
 from lavis.datasets.sampler import StepPlan
 from lavis.processors.image import image_processor
@@ -48,9 +48,9 @@ def accumulation(run: RunConfig, world_size: int) -> int:
 
 
 class RunData:
-    """Tables of all splits a run uses; `loader` yields the training steps."""
+    """Tables of all splits a run uses; `loader` yields the training steps. Without images, batches have ids and labels alone."""
 
-    def __init__(self, recipe: Recipe, task: Task, world: World) -> None:
+    def __init__(self, recipe: Recipe, task: Task, world: World, *, with_images: bool = True) -> None:
         self.recipe, self.task, self.world = recipe, task, world
         run = recipe.run
         self.splits: dict[str, list[PreparedTable]] = {
@@ -58,8 +58,8 @@ class RunData:
             for split in dict.fromkeys([*([] if run.evaluate else run.train_splits), *run.valid_splits, *run.test_splits])
         }
         self.processors = image_processors(recipe)
-        self.train_images: ImageSource = ImageFolder(image_processor(self.processors.train))
-        self.eval_images: ImageSource = ImageFolder(image_processor(self.processors.eval))
+        self.train_images: ImageSource = ImageFolder(image_processor(self.processors.train)) if with_images else NoImages()
+        self.eval_images: ImageSource = ImageFolder(image_processor(self.processors.eval)) if with_images else NoImages()
         self._images, self._bad = 0.0, 0.0
         if not run.evaluate:
             self.train_tables = [t for split in run.train_splits for t in self.splits[split]]

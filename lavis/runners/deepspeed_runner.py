@@ -1,18 +1,53 @@
-"""The place of DeepSpeed ZeRO among the runners."""
+"""Training with DeepSpeed ZeRO."""
 
 from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sysconfig
+
+from torch import nn
 
 from lavis.common.config import Recipe
 from lavis.common.errors import ConfigError
 from lavis.common.registries import RUNNERS
+from lavis.runners.data import accumulation
+from lavis.runners.runner_base import RunnerBase
+from lavis.runners.strategy import Strategy
+
+log = logging.getLogger(__name__)
 
 
 @RUNNERS.register("deepspeed_runner")
-class DeepSpeedRunner:
-    """Refuses: recipes of the original that name it are read and checked, but this version trains without DeepSpeed."""
+class DeepSpeedRunner(RunnerBase):
+    """RunnerBase with DeepSpeed's engine, as the recipe's `deepspeed_config` sets it up. Raises ConfigError where DeepSpeed is not installed."""
+
+    always_grouped = True
 
     def __init__(self, recipe: Recipe) -> None:
-        raise ConfigError(
-            f"{recipe.source}: run.runner is deepspeed_runner, which this version does not have. "
-            "Set run.runner=runner_base (and leave --use-deepspeed out): it trains data-parallel with the same loss."
-        )
+        require_deepspeed(recipe)
+        super().__init__(recipe)
+
+    def _build_model(self) -> nn.Module:
+        from lavis.runners.deepspeed_strategy import zero_stage
+
+        if zero_stage(self.run_config) < 3 or self.run_config.evaluate:
+            return super()._build_model()
+        return self.task.build_model(self.world.device, llm_on_cpu=True)  # no rank has room for it: DeepSpeed takes it from there
+
+    def _build_strategy(self) -> Strategy:
+        from lavis.runners.deepspeed_strategy import DeepSpeedStrategy
+
+        return DeepSpeedStrategy(self.model, self.task, self.run_config, self.world, accumulation(self.run_config, self.world.size))
+
+
+def require_deepspeed(recipe: Recipe) -> None:
+    """Raise ConfigError if DeepSpeed is missing; let it find the ninja of this environment, which compiles its operators."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(f"{recipe.source}: run.runner {recipe.run.runner} needs DeepSpeed: pip install 'lavis[deepspeed]', or set run.runner=runner_base.")
+    scripts = sysconfig.get_path("scripts")
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    if recipe.run.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from lavis.common.paths import resolve
 from lavis.datasets.loader import eval_batches
 from lavis.datasets.prepare import PreparedTable
 from lavis.datasets.template import without_images
-from lavis.datasets.types import Conversation, ImageRef, Message
+from lavis.datasets.types import Batch, Conversation, ImageRef, Message
 from lavis.runners.data import RunData
 from lavis.runners.report import SampleReport
+from lavis.runners.strategy import Strategy
 from lavis.tasks.base import Task
 from lavis.tasks.evaluation import Answerer, accuracy, write_answers
 
@@ -31,6 +33,13 @@ class Evaluator:
         self.run, self.task, self.data, self.model, self.world, self.folder = recipe.run, task, data, model, world, folder
         self.answerer = Answerer(model, task.tokenizer, task.template, data.eval_images, world) if task.generates else None
         self.prompts = self._prompts() if task.generates else []
+        self.ready: Callable[[Batch], Batch] = lambda batch: batch.to(world.device)
+
+    def follow(self, strategy: Strategy) -> None:
+        """Give the model its batches as `strategy` does."""
+        self.ready = strategy.ready
+        if self.answerer:
+            self.answerer.ready, self.answerer.in_step = strategy.ready, strategy.in_step
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -44,7 +53,7 @@ class Evaluator:
                 for batch in eval_batches(
                     table, self.data.eval_images, self.task.template.pad_token_id, self.run.batch_size_eval, self.world.rank, self.world.size
                 ):
-                    out = self.model(batch.to(self.world.device))
+                    out = self.model(self.ready(batch))
                     mine = self.task.count(batch) > 0  # else this rank had no sample left and only keeps the others company
                     count += out.count if mine else 0
                     for name, value in {"loss": out.loss_sum, **out.parts}.items():

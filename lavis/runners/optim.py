@@ -64,11 +64,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
 
 
 def _vit_depth(model: nn.Module) -> int:
-    blocks = [int(m[1]) for n, _ in model.named_parameters() if (m := re.match(r"visual_encoder\.blocks\.(\d+)\.", n))]
+    blocks = [int(m[1]) for n, _ in model.named_parameters() if (m := re.match(r"(?:front\.)?visual_encoder\.blocks\.(\d+)\.", n))]
     return max(blocks, default=-1) + 1
 
 
 def _layer_scale(name: str, depth: int, decay: float) -> float:
+    name = name.removeprefix("front.")
     if not name.startswith("visual_encoder."):
         return 1.0
     block = re.match(r"visual_encoder\.blocks\.(\d+)\.", name)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from lavis.runners.optim import trainable_parameters
 from lavis.runners.report import plot_loss
 from lavis.runners.run_folder import SUMMARY, RunFolder, frozen_differences, open_run_folder
 from lavis.runners.schedules import horizon, learning_rate
-from lavis.runners.strategy import DataParallelStrategy, StepResult
+from lavis.runners.strategy import DataParallelStrategy, StepResult, Strategy
 from lavis.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,13 @@ log = logging.getLogger(__name__)
 
 @RUNNERS.register("runner_base")
 class RunnerBase:
-    """Trains or evaluates what a recipe says, in one process or data-parallel under torchrun."""
+    """Trains or evaluates what a recipe says, in one process or data-parallel under torchrun.
+
+    Other runners are this one with another strategy: they say how a model is spread over ranks, never how a run goes on.
+    """
+
+    always_grouped: ClassVar[bool] = False
+    """Whether a process group is needed also for a single rank."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -44,8 +50,9 @@ class RunnerBase:
 
     def run(self) -> dict[str, Any]:
         """Do it all; returns the summary that is also written to summary.json. Raises LavisError for what a user can mend."""
-        with world(self.run_config.device) as w:
+        with world(self.run_config.device, always=self.always_grouped) as w:
             self.world: World = w
+            self.data_world = self._split_world()
             opened: RunFolder = w.broadcast(open_run_folder(self.recipe) if w.is_main else None)
             self.folder, self.checkpoint = opened.path, opened.checkpoint
             if w.is_main:
@@ -64,17 +71,35 @@ class RunnerBase:
         torch.manual_seed(self.run_config.seed)
         self.task: Task = TASKS.get(self.run_config.task)(self.recipe)
         with self.world.local_main_first():  # tables are made once and left on disk
-            self.data = RunData(self.recipe, self.task, self.world)
+            self.data = RunData(self.recipe, self.task, self.data_world, with_images=self._sees())
         if not self.run_config.evaluate:
             self.span = horizon(self.run_config, self.data.plan.steps_per_epoch)
-        self.model: nn.Module = self.task.build_model(self.world.device)
+        self.model: nn.Module = self._build_model()
         self.model.train()
+        self.counts = self._count_parameters()
         if self.run_config.cache_features:
-            self.data.cache_features(self.model, [p.image for p in self.run_config.sample_prompts if p.image])
+            self._cache_features(self.model)
         self.frozen = {key: identity(path) for key, path in self.task.frozen_files().items()}
-        self.evaluator = Evaluator(self.recipe, self.task, self.data, self.model, self.world, self.folder)
+        self.evaluator = Evaluator(self.recipe, self.task, self.data, self.model, self.data_world, self.folder)
         self.metrics: MetricsLog | None = None
         log.info("run folder %s; ready after %.1f s", self.folder, time.perf_counter() - started)
+
+    def _split_world(self) -> World:
+        """The ranks over which data is split: all of them, unless several work on the same samples."""
+        return self.world
+
+    def _sees(self) -> bool:
+        """Whether this rank needs images."""
+        return True
+
+    def _cache_features(self, model: nn.Module) -> None:
+        self.data.cache_features(model, [p.image for p in self.run_config.sample_prompts if p.image])
+
+    def _build_model(self) -> nn.Module:
+        return self.task.build_model(self.world.device)
+
+    def _build_strategy(self) -> Strategy:
+        return DataParallelStrategy(self.model, self.task, self.run_config, self.world)
 
     # -- evaluation alone
 
@@ -92,13 +117,16 @@ class RunnerBase:
     # -- training
 
     def _train(self) -> dict[str, Any]:
-        self.strategy = DataParallelStrategy(self.model, self.task, self.run_config, self.world)
+        if self.checkpoint:
+            self._load_trained(self.checkpoint.tensors())
+        self._describe()
+        self.strategy = self._build_strategy()
+        self.evaluator.follow(self.strategy)
         results: dict[str, float] = {}
         self.best_loss: float | None = None
         step = self._resume() if self.checkpoint else 0
         if self.world.is_main:
             self.metrics = MetricsLog(self.folder, self.run_config.trackers, step, self.span.total_steps)
-        self._describe()
         if step == 0:
             if self.run_config.evaluate_before:
                 results |= self.evaluator.test("before")
@@ -151,7 +179,7 @@ class RunnerBase:
     def _log_step(
         self, step: int, rate: float, result: StepResult, batches: list[Batch], data_seconds: float, seconds: float
     ) -> None:
-        samples, supervised, positions, pad, images, bad = self.world.sum(
+        samples, supervised, positions, pad, images, bad = self.data_world.sum(
             sum(b.num_samples for b in batches),
             sum(b.num_tokens for b in batches),
             sum(b.input_ids.numel() for b in batches),
@@ -188,11 +216,11 @@ class RunnerBase:
     # -- checkpoints
 
     def _save(self, step: int, valid_loss: float | None) -> None:
+        tensors, optimizer_tensors = self.strategy.trained_tensors(), self.strategy.state_tensors()  # by all ranks together
         if self.world.is_main:
             folder = self.folder / "checkpoints"
             state = TrainState(step, self.data.plan.global_batch, self.strategy.scaler.state_dict(), self.frozen, valid_loss)
-            tensors = {name: p for name, p in trainable_parameters(self.model).items()}
-            save_checkpoint(folder, state, tensors, self.strategy.state_tensors(), self.recipe.to_yaml())
+            save_checkpoint(folder, state, tensors, optimizer_tensors, self.recipe.to_yaml())
             prune(folder, self.run_config.keep_checkpoints)
         self.world.barrier()
 
@@ -206,7 +234,6 @@ class RunnerBase:
         if self.world.is_main:
             drop_later(self.folder / "checkpoints", state.step)
         self.world.barrier()
-        self._load_trained(self.checkpoint.tensors())
         self.strategy.load_state_tensors(self.checkpoint.optimizer_tensors())
         if state.loss_scale:
             self.strategy.scaler.load_state_dict(state.loss_scale)
@@ -226,19 +253,26 @@ class RunnerBase:
 
     def _load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
         own = dict(self.model.named_parameters())
-        trained = set(trainable_parameters(self.model)) if not self.run_config.evaluate else set(tensors)
-        if wrong := sorted((trained ^ set(tensors)) | (set(tensors) - own.keys())):
+        trained = set(self._names(trained=True)) if not self.run_config.evaluate else set(tensors)
+        if wrong := sorted((trained ^ set(tensors)) | (set(tensors) - set(self._names(trained=False)))):
             raise CheckpointError(f"{self.folder}: the checkpoint and the model differ in what is trained: {', '.join(wrong[:8])}.")
         with torch.no_grad():
-            for name, value in tensors.items():
-                own[name].copy_(value)
+            for name in tensors.keys() & own.keys():
+                own[name].copy_(tensors[name])
+
+    def _names(self, *, trained: bool) -> list[str]:
+        """Parameters of the whole model, or those that are trained."""
+        return list(trainable_parameters(self.model)) if trained else [name for name, _ in self.model.named_parameters()]
+
+    def _count_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters of the whole model."""
+        return parameter_counts(self.model)
 
     # -- beginning and end
 
     def _describe(self) -> None:
-        trainable = trainable_parameters(self.model)
-        count, total = parameter_counts(self.model)
-        names = list(trainable)
+        count, total = self.counts
+        names = self._names(trained=True)
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         log.info("training %s of %s parameters: %s", f"{count:,}", f"{total:,}", shown)
         log.info(
@@ -248,7 +282,7 @@ class RunnerBase:
         )  # fmt: skip
 
     def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        count, total = parameter_counts(self.model)
+        count, total = self.counts
         summary |= {"trainable_parameters": count, "total_parameters": total, "run_folder": str(self.folder)}
         written = [self.folder / "config.yaml", self.folder / "metrics.jsonl", self.folder / "report.html"]
         if self.world.is_main and not self.run_config.evaluate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +39,62 @@ class StepResult:
     parts: dict[str, float] = field(default_factory=dict)
 
 
-class DataParallelStrategy:
+class Strategy(ABC):
+    """How an optimiser step is carried out. `scaler` is fp16's loss scaling (disabled otherwise)."""
+
+    in_step: bool = False
+    """Whether ranks must run the same modules at the same time, because each holds a part of the weights."""
+
+    def __init__(self, model: nn.Module, task: Task, run: RunConfig, world: World) -> None:
+        self.model, self.task, self.run, self.world = model, task, run, world
+        self.scaler = torch.amp.GradScaler(
+            world.device.type,
+            enabled=self.dtype() == torch.float16,
+            init_scale=run.loss_scale or 2.0**16,
+            growth_interval=2000 if run.loss_scale is None else 2**31 - 1,
+        )
+
+    def dtype(self) -> torch.dtype | None:
+        """Type of mixed precision as the recipe says; none on a CPU by default."""
+        if not (self.run.amp and getattr(self.task.recipe.model, "enable_autocast", True)) or (self.world.device.type == "cpu" and not self.run.autocast_on_cpu):
+            return None
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.run.autocast_dtype]
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of a forward."""
+        dtype = self.dtype()
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.world.device.type, dtype)
+
+    def ready(self, batch: Batch) -> Batch:
+        """`batch` on this rank's device, as the model is to be given it. Where `in_step`, all ranks call this together."""
+        return batch.to(self.world.device)
+
+    @abstractmethod
+    def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
+        """Forward, backward and update. Raises TrainingError on all ranks when loss or gradient is not finite."""
+
+    @abstractmethod
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained, whole, by name. Called by all ranks; what rank 0 gets is saved."""
+
+    @abstractmethod
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Optimiser state to save, as `<slot>.<name>`, whole: a checkpoint knows nothing of the layout it was made in."""
+
+    @abstractmethod
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Restore what `state_tensors` gave."""
+
+    def check_finite(self, number: int, loss: float, norm: float) -> None:
+        """Raise TrainingError for a loss that is not finite, or a gradient, which fp16's loss scaling may take care of."""
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise TrainingError(
+                f"step {number}: the loss is {loss} and the gradient norm {norm}; nothing was saved. "
+                "Lower run.init_lr, or look at the data of this step; the last checkpoint is intact."
+            )
+
+
+class DataParallelStrategy(Strategy):
     """One process, or several that hold the same model and sum their gradients once per optimiser step.
 
     The sum is of exact per-token sums divided by the supervised tokens of the whole global step, so the gradient does not depend on
@@ -47,28 +103,12 @@ class DataParallelStrategy:
     """
 
     def __init__(self, model: nn.Module, task: Task, run: RunConfig, world: World) -> None:
-        self.model, self.task, self.run, self.world = model, task, run, world
+        super().__init__(model, task, run, world)
         self.optimizer = build_optimizer(model, run)
         self.parameters = list(trainable_parameters(model).values())
-        self.scaler = torch.amp.GradScaler(
-            world.device.type,
-            enabled=self._dtype() == torch.float16,
-            init_scale=run.loss_scale or 2.0**16,
-            growth_interval=2000 if run.loss_scale is None else 2**31 - 1,
-        )
-
-    def _dtype(self) -> torch.dtype | None:
-        if not (self.run.amp and getattr(self.task.recipe.model, "enable_autocast", True)) or (self.world.device.type == "cpu" and not self.run.autocast_on_cpu):
-            return None
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.run.autocast_dtype]
-
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Mixed precision as the recipe says; nothing on a CPU by default."""
-        dtype = self._dtype()
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.world.device.type, dtype)
 
     def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
-        """Forward, backward and update. Raises TrainingError on all ranks, before the update, when loss or gradient is not finite."""
+        """See Strategy. The error comes before the update."""
         self.optimizer.zero_grad(set_to_none=True)
         counts = [self.task.count(b) for b in batches]
         started = time.perf_counter()
@@ -77,7 +117,7 @@ class DataParallelStrategy:
         losses: dict[str, torch.Tensor] = {}
         for batch in batches:
             with self.autocast():
-                out = self.model(batch.to(self.world.device))
+                out = self.model(self.ready(batch))
             if out.loss_sum.requires_grad:  # not when all is frozen but the projection and there is no image
                 self.scaler.scale(out.loss_sum / total).backward()
             for name, value in {"loss": out.loss_sum.detach(), **out.parts}.items():
@@ -94,11 +134,7 @@ class DataParallelStrategy:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         value = norm.item()
-        if not math.isfinite(loss) or not (math.isfinite(value) or self.scaler.is_enabled()):
-            raise TrainingError(
-                f"step {number}: the loss is {loss} and the gradient norm {value}; nothing was updated. "
-                "Lower run.init_lr, or look at the data of this step; the last checkpoint is intact."
-            )
+        self.check_finite(number, loss, value)
         if self.run.grad_norm_clip is not None and math.isfinite(value):
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.run.grad_norm_clip, norm)
         set_learning_rate(self.optimizer, rate)
@@ -122,8 +158,12 @@ class DataParallelStrategy:
                 bucket, size = [], 0
         _all_reduce_flat(bucket)
 
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters themselves."""
+        return {name: p.detach() for name, p in trainable_parameters(self.model).items()}
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Optimiser state to save."""
+        """See Strategy."""
         return optimizer_tensors(self.optimizer, self.model)
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:

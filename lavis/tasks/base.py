@@ -33,10 +33,17 @@ class Task:
         self.tokenizer = load_tokenizer(recipe.model)
         self.template = make_template(recipe.model, next(iter(recipe.datasets.values())), self.tokenizer)
 
-    def build_model(self, device: torch.device) -> nn.Module:
-        """The model on `device`, its weights loaded, frozen parts in the precision the recipe names."""
+    def build_model(self, device: torch.device, *, llm_on_cpu: bool = False) -> nn.Module:
+        """The model on `device`, its weights loaded, frozen parts in the precision the recipe names and that suits `device`."""
         model = MODELS.get(self.recipe.model.arch).from_config(self.recipe.model, self.tokenizer, device=device)
-        return model.to(device)
+        if not llm_on_cpu:
+            return model.to(device)
+        for name, part in model.named_children():
+            if name != "llm_model":
+                part.to(device)
+        for p in model.parameters(recurse=False):
+            p.data = p.data.to(device)
+        return model
 
     def count(self, batch: Batch) -> int:
         """By how many units the loss sum of `batch` is to be divided."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from lavis.common.dist import World
 from lavis.datasets.loader import ImageSource, collate
 from lavis.datasets.template import ChatTemplate
-from lavis.datasets.types import Conversation, Sample
+from lavis.datasets.types import Batch, Conversation, Sample
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class Answerer:
         self, model: nn.Module, tokenizer: Any, template: ChatTemplate, images: ImageSource, world: World
     ) -> None:
         self.model, self.tokenizer, self.template, self.images, self.world = model, tokenizer, template, images, world
+        self.ready: Callable[[Batch], Batch] = lambda batch: batch.to(world.device)
+        self.in_step = False
+        """Whether ranks must run the model at the same time."""
 
     def answer(
         self, conversations: Iterable[Conversation], *, batch_size: int, max_new_tokens: int
@@ -82,8 +85,9 @@ class Answerer:
         training = self.model.training
         self.model.eval()
         answers: dict[int, Answer] = {}
-        for start in range(0, len(mine), batch_size):
-            chunk = mine[start : start + batch_size]
+        most = -(-len(numbered) // self.world.size) if self.in_step else len(mine)
+        for start in range(0, most, batch_size):
+            chunk = mine[start : start + batch_size] or mine[:1] or [(0, numbered[0][1], self.template.encode_prompt(numbered[0][1]))]  # keeps the others company
             texts = self._generate([sample for _, _, sample in chunk], max_new_tokens)
             answers |= {i: _answer(c, text) for (i, c, _), text in zip(chunk, texts, strict=True)}
         self.model.train(training)
@@ -95,11 +99,12 @@ class Answerer:
         pixels = self.images.load(paths, 0)[0] if paths else {}
         batch = collate([[s] for s in samples], pixels, self.template.pad_token_id, None)
         rows = self.model.generate(
-            batch.to(self.world.device),
+            self.ready(batch),
             self.template.stop_token_ids,
             self.template.pad_token_id,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            **({"synced_gpus": True} if self.in_step else {}),
         )
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 

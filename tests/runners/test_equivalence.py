@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.runners.world import saved_tensors, train, train_lines
+from tests.runners.world import PICTURES, saved_tensors, train, train_lines, validation_losses
 
 STEPS = 5
 LAYOUTS = {
@@ -14,24 +14,32 @@ LAYOUTS = {
     "cached features": (1, ["run.batch_size_train=8", "run.cache_features=true"]),
     "workers": (1, ["run.batch_size_train=8", "run.num_workers=2"]),
 }
-SAVED = ["run.save_freq=1", "run.keep_checkpoints=9"]
+ZERO = "run.deepspeed_config.zero_optimization"
+LAYOUTS |= {
+    f"ZeRO-{stage}": (2, ["run.batch_size_train=2", "run.accum_grad_iters=2", "run.runner=deepspeed_runner", f"{ZERO}.stage={stage}"])
+    for stage in range(4)
+}
+LAYOUTS["ZeRO-3"][1].append(f"{ZERO}.stage3_param_persistence_threshold=1")  # else so small a model would be whole on each rank
+MIXED = [f"datasets.shapes_text.generate.{key}={n}" for key, n in PICTURES.items()]  # conversations without images among the others
+SAVED = ["run.save_freq=1", "run.keep_checkpoints=9", "run.valid_splits=[val]", "run.max_new_tokens=2"]
 
 
 @pytest.fixture(scope="module")
 def single(cache, tmp_path_factory):
-    return train(cache, tmp_path_factory.mktemp("single"), "run.batch_size_train=8", *SAVED)
+    return train(cache, tmp_path_factory.mktemp("single"), "run.batch_size_train=8", *MIXED, *SAVED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_equals_a_single_process(cache, tmp_path, single, layout):
     ranks, options = LAYOUTS[layout]
-    assert_same_training(single, train(cache, tmp_path, *options, *SAVED, ranks=ranks))
+    assert_same_training(single, train(cache, tmp_path, *options, *MIXED, *SAVED, ranks=ranks))
 
 
 def assert_same_training(expected, run):
     for want, got in zip(train_lines(expected), train_lines(run), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+    assert validation_losses(run) == pytest.approx(validation_losses(expected), rel=1e-5)
     first = "exp_avg.llm_proj.weight"  # after the first step: the clipped gradient times 1 - beta1
     for step in range(1, STEPS + 1):
         want, got = saved_tensors(expected, step)[first], saved_tensors(run, step)[first]

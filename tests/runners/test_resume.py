@@ -22,12 +22,12 @@ def uninterrupted(cache, tmp_path_factory):
     return train(cache, tmp_path_factory.mktemp("whole"), model=TRAINED, run=RUN)
 
 
-def start_and_kill(cache, folder, ranks):
+def start_and_kill(cache, folder, *options, ranks):
     """Start training and kill it with SIGKILL once step 9 is logged; its run folder."""
     recipe = write_recipe(folder, TRAINED, RUN)
     log = (folder / "log").open("w")
     process = subprocess.Popen(
-        command(recipe, ranks=ranks), cwd=folder, env=environment(cache), stdout=log, stderr=log, start_new_session=True
+        command(recipe, *options, ranks=ranks), cwd=folder, env=environment(cache), stdout=log, stderr=log, start_new_session=True
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
@@ -71,14 +71,36 @@ def test_a_damaged_checkpoint_is_passed_over(cache, tmp_path, uninterrupted):
     assert_same_end(run, uninterrupted)
 
 
-def test_two_ranks_resume_too(cache, tmp_path):
+ZERO = "run.deepspeed_config.zero_optimization"
+RUNNERS = {
+    "data-parallel": [],
+    "ZeRO-2": ["run.runner=deepspeed_runner", f"{ZERO}.stage=2"],
+    "ZeRO-3": ["run.runner=deepspeed_runner", f"{ZERO}.stage=3", f"{ZERO}.stage3_param_persistence_threshold=1"],
+}
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_two_ranks_resume_too(cache, tmp_path, name):
+    options = RUNNERS[name]
     whole = tmp_path / "whole"
-    expected = train(cache, whole, ranks=2, model=TRAINED, run=RUN)
+    expected = train(cache, whole, *options, ranks=2, model=TRAINED, run=RUN)
     cut = tmp_path / "cut"
     cut.mkdir()
-    run = start_and_kill(cache, cut, ranks=2)
-    assert train(cache, cut, "run.resume=auto", ranks=2, model=TRAINED, run=RUN) == run
+    run = start_and_kill(cache, cut, *options, ranks=2)
+    assert train(cache, cut, "run.resume=auto", *options, ranks=2, model=TRAINED, run=RUN) == run
     assert_same_end(run, expected)
+
+
+def test_another_layout_goes_on_from_a_zero_checkpoint(cache, tmp_path):
+    """The first three steps with ZeRO-2 on two ranks, the others alone, equal all of them alone."""
+    steps = {"batch_size_train": 4, "global_batch_size": 8, "save_freq": 3}
+    whole = train(cache, tmp_path / "whole", run=steps)
+    first = train(cache, tmp_path / "first", *RUNNERS["ZeRO-2"], ranks=2, run=steps)
+    rest = train(cache, tmp_path / "rest", f"run.resume={first / 'checkpoints/step-3'}", run=steps)
+    got, want = saved_tensors(rest, 5), saved_tensors(whole, 5)
+    assert got.keys() == want.keys() and rest != first
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-7)
 
 
 def failing(cache, folder, *options):

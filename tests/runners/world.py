@@ -106,6 +106,12 @@ def train_lines(run: Path) -> list[dict]:
     return [row for row in rows if row["kind"] == "train"]
 
 
+def validation_losses(run: Path) -> list[float]:
+    """Losses of the validation lines of metrics.jsonl."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "valid"]
+
+
 def saved_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Trained tensors and optimiser state of the checkpoint at `step`."""
     folder = run / f"checkpoints/step-{step}"

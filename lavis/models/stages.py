@@ -1,0 +1,182 @@
+"""A model cut into stages: each holds a range of the LLM's blocks; the first also vision tower, projection and embeddings, the last norm, head and loss.
+
+A stage is built and loaded by itself: the host that runs it never holds the other blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lavis.common.errors import CheckpointError, ConfigError
+from lavis.common.paths import resolve
+from lavis.datasets.types import IGNORE_INDEX
+from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.gguf import is_gguf
+from lavis.models.llm import add_lora, cross_entropy_sum
+from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.qwen1 import open_qwen1
+from lavis.models.qwen1_format import is_qwen1
+from lavis.models.shards import LazyTensor, Shards
+from lavis.models.weights import load_configured
+
+SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures whose blocks know nothing of how many come before them."""
+_LAYER = re.compile(r"(\.layers\.)(\d+)(?=\.)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stage `index` of `count`: blocks `start` to `end` (exclusive) of the LLM."""
+
+    index: int
+    count: int
+    start: int
+    end: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has the vision tower, the projection and the embeddings."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the final norm, the head and the loss."""
+        return self.index == self.count - 1
+
+    def whole_name(self, name: str) -> str:
+        """The name that the stage's tensor `name` has in the whole model."""
+        return _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + self.start}", name)
+
+
+def cut(sizes: Sequence[int]) -> list[Part]:
+    """Stages of so many blocks each, in order."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [Part(i, len(sizes), end - size, end) for i, (size, end) in enumerate(zip(sizes, ends, strict=True))]
+
+
+def open_llm(name: str) -> tuple[PreTrainedConfig, dict[str, LazyTensor]]:
+    """Configuration and tensors, read when indexed, of the LLM in the folder or on the hub under `name`.
+
+    Raises CheckpointError if there is none, and ConfigError for one that can't be cut into stages.
+    """
+    folder = resolve(name)
+    if is_gguf(name):
+        raise ConfigError(f"model.llm_model {name}: a GGUF file can't be cut into stages. Take the model's safetensors folder.")
+    if not folder.exists():
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    if is_qwen1(folder):
+        return open_qwen1(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in SPLITTABLE:
+        raise ConfigError(f"model.llm_model {name} is a {config.model_type}; stages are known for {', '.join(SPLITTABLE)} and first-generation Qwen.")
+    shards = Shards(folder)
+    return config, {key: LazyTensor(shards, key) for key in shards.shapes}
+
+
+def llm_part(config: PreTrainedConfig, part: Part, dtype: torch.dtype) -> PreTrainedModel:
+    """The blocks of `part` as a causal LM of its own whose parameters are on the meta device; norm, head and embeddings only where they belong."""
+    own = copy.deepcopy(config)
+    own.num_hidden_layers = part.end - part.start
+    if getattr(own, "layer_types", None):
+        own.layer_types = list(own.layer_types[part.start : part.end])
+    own.tie_word_embeddings = config.tie_word_embeddings and part.is_first and part.is_last
+    with init_empty_weights(include_buffers=False):
+        llm = AutoModelForCausalLM.from_config(own, dtype=dtype)
+    if not part.is_first:
+        llm.base_model.embed_tokens = None
+    if not part.is_last:
+        llm.base_model.norm = nn.Identity()
+        llm.lm_head = None
+    return llm.eval()
+
+
+def load_part(llm: PreTrainedModel, part: Part, tensors: dict[str, LazyTensor], name: str, device: torch.device) -> None:
+    """Give the meta parameters of `llm` their values, one tensor after another, on `device`. Raises CheckpointError naming what is missing."""
+    sources = {key: part.whole_name(key) for key, _ in llm.named_parameters()}
+    if part.is_last and "lm_head.weight" not in tensors:  # tied
+        sources["lm_head.weight"] = "model.embed_tokens.weight"
+    if missing := sorted(source for source in sources.values() if source not in tensors):
+        raise CheckpointError(f"{name} lacks {', '.join(missing[:8])}, which stage {part.index} of {part.count} needs. Download it again.")
+    for key, source in sources.items():
+        owner, _, leaf = key.rpartition(".")
+        module = llm.get_submodule(owner)
+        old = getattr(module, leaf)
+        value = tensors[source][...]
+        if value.shape != old.shape:
+            raise CheckpointError(f"{name}: {source} is {list(value.shape)}, the configuration says {list(old.shape)}.")
+        setattr(module, leaf, nn.Parameter(value.to(device, old.dtype), requires_grad=old.requires_grad))
+
+
+class Stage(nn.Module):
+    """One stage. First: [input_ids, position_ids, images] -> (hidden, position_ids); others take that pair; the last gives hidden alone.
+
+    images: pixel_values [N, 3, S, S] or features [N, Q, D], N may be 0 for the latter. What crosses a boundary is one float tensor and
+    integer positions; masks and rotary tables are made anew from these.
+    """
+
+    def __init__(self, config: MiniGPT4QwenConfig, llm: PreTrainedModel, part: Part, image_token_id: int) -> None:
+        super().__init__()
+        self.config, self.part = config, part
+        self.llm_trained = not config.freeze_llm
+        if part.is_first:
+            on_meta = bool(config.load_pretrained and config.pretrained)
+            self.front = MiniGPT4Qwen(config, llm, image_token_id, on_meta=on_meta)
+            load_configured(self.front, config, self.front.add_adapters)
+            self.llm_trained = self.front.llm_trained
+        else:
+            self.llm_model = llm.requires_grad_(self.llm_trained)
+            if config.get_lora and "llm" in config.lora_parts:
+                add_lora(llm, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
+                self.llm_trained = True
+            if config.llm_grad_checkpoint:
+                llm.gradient_checkpointing_enable({"use_reentrant": False})
+        if not any(p.requires_grad for p in self.parameters()):
+            self.anchor = nn.Parameter(torch.zeros(1))  # an optimiser wants a parameter; this one has no part in anything
+
+    @property
+    def llm(self) -> PreTrainedModel:
+        """The stage's blocks."""
+        return self.front.llm_model if self.part.is_first else self.llm_model
+
+    def train(self, mode: bool = True) -> Stage:
+        """Frozen parts stay in eval mode, as in MiniGPT4Qwen."""
+        super().train(mode)
+        if not self.part.is_first:
+            self.llm_model.train(mode and (self.llm_trained or self.config.llm_grad_checkpoint))
+        return self
+
+    def whole_names(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters under their names in the whole model, without the anchor."""
+        for name, p in self.named_parameters():
+            if name != "anchor":
+                yield self.part.whole_name(name.removeprefix("front.")), p
+
+    def hidden(self, embeds: torch.Tensor, **settings: Any) -> torch.Tensor:
+        """The blocks: [B, L, D] -> [B, L, D]; behind the final norm in the last stage. `settings` go to transformers."""
+        return self.llm.base_model(inputs_embeds=embeds, **settings).last_hidden_state
+
+    def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
+        if self.part.is_first:
+            ids, positions, images = inputs
+            embeds = self.front.embed_parts(ids, images)
+        else:
+            embeds, positions = inputs
+        hidden = self.hidden(embeds, position_ids=positions, use_cache=False)
+        return hidden if self.part.is_last else (hidden, positions)
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross-entropy at the supervised positions, fp32; labels int64 [B, L], not shifted. Last stage only."""
+        supervised = labels[:, 1:] != IGNORE_INDEX
+        return cross_entropy_sum(self.llm, hidden[:, :-1][supervised], labels[:, 1:][supervised])

@@ -1,0 +1,114 @@
+"""Training over a DeepSpeed pipeline."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lavis.common.config import Recipe
+from lavis.common.dist import World
+from lavis.common.errors import ConfigError
+from lavis.common.registries import RUNNERS
+from lavis.datasets.template import image_token_id
+from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.runners.data import accumulation
+from lavis.runners.deepspeed_runner import require_deepspeed
+from lavis.runners.runner_base import RunnerBase, parameter_counts
+from lavis.runners.strategy import Strategy
+
+if TYPE_CHECKING:
+    from lavis.models.stages import Part
+
+log = logging.getLogger(__name__)
+
+
+@RUNNERS.register("pipeline_runner")
+class PipelineRunner(RunnerBase):
+    """RunnerBase whose model lies in `run.num_stages` parts on as many ranks; more ranks are replicas of such pipelines.
+
+    Raises ConfigError where the ranks are no multiple of the stages.
+    """
+
+    always_grouped = True
+
+    def __init__(self, recipe: Recipe) -> None:
+        require_deepspeed(recipe)
+        super().__init__(recipe)
+
+    def _split_world(self) -> World:
+        stages, world = self.run_config.num_stages, self.world
+        if world.size % stages:
+            raise ConfigError(f"{world.size} ranks can't be pipelines of {stages} stages: start a multiple of run.num_stages (--num-stages).")
+        replicas = world.size // stages
+        # DeepSpeed's own order: rank = stage x replicas + replica
+        self.stage_index, replica = divmod(world.rank, replicas)
+        groups = [[stage * replicas + r for r in range(replicas)] for stage in range(stages)]
+        pipes = [[stage * replicas + r for stage in range(stages)] for r in range(replicas)]
+        same_stage = [dist.new_group(ranks) for ranks in groups][self.stage_index]
+        self.pipe_group = [dist.new_group(ranks) for ranks in pipes][replica]
+        self.pipe_ranks = pipes[replica]
+        return replace(world, rank=replica, size=replicas, group=same_stage, leads=world.is_main)
+
+    def _sees(self) -> bool:
+        return self.stage_index == 0
+
+    def _cache_features(self, model: nn.Module) -> None:
+        if self.stage_index == 0:
+            super()._cache_features(model.stage.front)
+
+    def _names(self, *, trained: bool) -> list[str]:
+        own = [name for name, p in self.model.named_parameters() if p.requires_grad or not trained]
+        return list(dict.fromkeys(name for names in self.world.gather(own) for name in names))
+
+    def _count_parameters(self) -> tuple[int, int]:
+        counts = self.world.sum(*parameter_counts(self.model))
+        return tuple(round(n / self.data_world.size) for n in counts)
+
+    def _build_model(self) -> nn.Module:
+        from lavis.models.llm import DTYPES, frozen_dtype
+        from lavis.models.stages import Stage, llm_part, load_part, open_llm
+        from lavis.runners.pipeline_strategy import StagedModel
+
+        config = self.recipe.model
+        assert isinstance(config, MiniGPT4QwenConfig)
+        llm_config, tensors = open_llm(config.llm_model)
+        if llm_config.tie_word_embeddings and not config.freeze_llm and self.run_config.num_stages > 1:
+            raise ConfigError(f"{config.llm_model} ties its embeddings to its head, which then lie on two ranks and can't be trained: set model.freeze_llm=true.")
+        part = self._parts(config, llm_config)[self.stage_index]
+        dtype = frozen_dtype(self.world.device) if config.freeze_llm else torch.float32
+        llm = llm_part(llm_config, part, dtype)
+        load_part(llm, part, tensors, config.llm_model, torch.device("cpu"))
+        stage = Stage(config, llm, part, image_token_id(self.task.tokenizer))
+        if part.is_first and self.world.device.type == "cuda" and stage.front.tower_frozen:
+            stage.front.cast_frozen_vit(DTYPES[config.vit_precision])
+        stage.to(self.world.device)
+        return StagedModel(stage, self.pipe_group, self.pipe_ranks, self.world.device)
+
+    def _parts(self, config: MiniGPT4QwenConfig, llm_config) -> list[Part]:
+        """The stages, by their cost or as the recipe says; printed as a table."""
+        from lavis.models.cost import balanced, sample_costs
+        from lavis.models.stages import cut
+
+        blocks, stages = llm_config.num_hidden_layers, self.run_config.num_stages
+        lengths = self.data.train_tables if not self.run_config.evaluate else []
+        tokens = round(sum(int(t.lengths.sum()) for t in lengths) / max(1, sum(map(len, lengths)))) or config.max_txt_len
+        costs = sample_costs(config, llm_config, tokens=tokens, supervised=max(1, tokens // 4))
+        sizes = list(self.run_config.stage_blocks) or balanced(costs, blocks, stages)
+        if len(sizes) != stages or sum(sizes) != blocks or min(sizes) < 1:
+            raise ConfigError(f"run.stage_blocks {sizes} must be {stages} numbers, one for each stage, at least 1, that sum to the LLM's {blocks} blocks.")
+        for i, n in enumerate(sizes):
+            first, last = i == 0, i == stages - 1
+            parameters = n * costs.block_parameters + first * costs.front_parameters + last * costs.back_parameters
+            flops = n * costs.block + first * costs.front + last * costs.back
+            log.info("stage %d of %d: %d blocks, %s parameters, %.3g GFLOP a sample", i, stages, n, f"{parameters:,}", flops / 1e9)
+        return cut(sizes)
+
+    def _build_strategy(self) -> Strategy:
+        from lavis.runners.pipeline_strategy import PipelineStrategy
+
+        return PipelineStrategy(self.model, self.task, self.run_config, self.world, self.data_world, accumulation(self.run_config, self.data_world.size))

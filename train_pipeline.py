@@ -1,0 +1,10 @@
+"""Train a recipe over a pipeline: `torchrun --nproc_per_node=2 train_pipeline.py --cfg-path RECIPE --num-stages 2 [--options key=value ...]`."""
+
+import sys
+
+from lavis.cli import main
+
+if __name__ == "__main__":  # data workers import this file again
+    given = sys.argv[1:]
+    stages = [] if any(a.split("=")[0] == "--num-stages" for a in given) else ["--num-stages", "1"]
+    sys.exit(main(["train", *stages, *given]))
