@@ -20,6 +20,13 @@ LAYOUTS |= {
     for stage in range(4)
 }
 LAYOUTS["ZeRO-3"][1].append(f"{ZERO}.stage3_param_persistence_threshold=1")  # else so small a model would be whole on each rank
+PIPELINE = ["run.batch_size_train=2", "run.runner=pipeline_runner"]
+LAYOUTS |= {
+    "pipeline of 2": (2, [*PIPELINE, "run.num_stages=2", "run.accum_grad_iters=4"]),
+    "pipeline of 2, cut by hand": (2, [*PIPELINE, "run.num_stages=2", "run.stage_blocks=[1,3]", "run.accum_grad_iters=4", "run.cache_features=true"]),
+    "pipeline of 4": (4, [*PIPELINE, "run.num_stages=4", "run.accum_grad_iters=4"]),
+    "two pipelines of 2": (4, [*PIPELINE, "run.num_stages=2", "run.accum_grad_iters=2"]),
+}
 MIXED = [f"datasets.shapes_text.generate.{key}={n}" for key, n in PICTURES.items()]  # conversations without images among the others
 SAVED = ["run.save_freq=1", "run.keep_checkpoints=9", "run.valid_splits=[val]", "run.max_new_tokens=2"]
 

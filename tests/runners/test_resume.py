@@ -76,6 +76,7 @@ RUNNERS = {
     "data-parallel": [],
     "ZeRO-2": ["run.runner=deepspeed_runner", f"{ZERO}.stage=2"],
     "ZeRO-3": ["run.runner=deepspeed_runner", f"{ZERO}.stage=3", f"{ZERO}.stage3_param_persistence_threshold=1"],
+    "pipeline": ["run.runner=pipeline_runner", "run.num_stages=2"],
 }
 
 
