@@ -162,8 +162,25 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
         yield f"{key} is {stage!r}: it is 0, 1, 2 or 3."
     if stage == 3 and getattr(recipe.model, "llm_quantization", None):
         yield f"model.llm_quantization {recipe.model.llm_quantization} does not go with ZeRO-3, which splits weights: set it to null, or {key}=2."
+    if run.runner == "pipeline_runner":
+        yield from _pipeline(recipe, stage)
     if stage == 3 and run.export:
         yield f"run.export needs whole weights, which no rank has under ZeRO-3: set it to null and use `lavis export`, or {key}=2."
+
+
+def _pipeline(recipe: Recipe, stage: Any) -> Iterator[str]:
+    run, model = recipe.run, recipe.model
+    if not isinstance(model, MiniGPT4QwenConfig):
+        yield f"run.runner pipeline_runner cuts the LLM of a minigpt4qwen, but model.arch is {model.arch}: set run.runner=runner_base."
+        return
+    if stage:
+        yield f"run.deepspeed_config.zero_optimization.stage is {stage}: a pipeline keeps each stage's optimiser whole. Set it to 0."
+    if model.llm_quantization:
+        yield f"model.llm_quantization {model.llm_quantization} does not go with a pipeline: set it to null, or run.runner=runner_base."
+    if run.export:
+        yield "run.export needs the whole model, which no rank of a pipeline has: set it to null and use `lavis export`."
+    if run.amp and model.enable_autocast and run.autocast_dtype == "fp16":
+        yield "run.autocast_dtype fp16 needs a loss scale, which the pipeline has none of: use bf16."
 
 
 RULES = (_task, _vision_dimensions, _something_to_train, _feature_cache, _sizes, _dataset_names, _annotation_addresses, _deepspeed)
