@@ -1,4 +1,4 @@
-"""The model of a ZeRO 0, 1 or 2 checkpoint as model.pth: `python deepspeed2pth.py --ckpt_dir DIR`."""
+"""The model of a ZeRO checkpoint as model.pth: `python deepspeed2pth.py --ckpt_dir DIR`."""
 
 import sys
 

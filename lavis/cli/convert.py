@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 DEEPSPEED = {
-    "deepspeed2pth": "model of a ZeRO 0, 1 or 2 checkpoint of the original, to model.pth",
-    "pipe_proj2pth": "projection of a pipeline checkpoint of the original, to model.pth",
-    "pipemodel2pth": "projection and LLM of a pipeline checkpoint of the original, to unfreeze_llm_model.pth",
+    "deepspeed2pth": "model of a ZeRO checkpoint, to model.pth",
+    "pipe_proj2pth": "projection of a pipeline checkpoint, to model.pth",
+    "pipemodel2pth": "projection and LLM of a pipeline checkpoint, to unfreeze_llm_model.pth",
 }
 
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conversions = parser.add_subparsers(dest="conversion", required=True, metavar="CONVERSION")
     for name, text in DEEPSPEED.items():
         conversion = conversions.add_parser(name, help=text, description=text)
-        conversion.add_argument("--ckpt_dir", "--ckpt-dir", type=Path, required=True, help="folder of one step or epoch; the result is written into it")
+        conversion.add_argument("--ckpt_dir", "--ckpt-dir", type=Path, required=True, help="folder of one step or epoch of the original, or a run or checkpoint of lavis; the result is written into it")
     text = "a first-generation Qwen folder, to a Qwen2 folder that transformers opens by itself (lavis itself needs no conversion)"
     qwen1 = conversions.add_parser("qwen1", help=text, description=text)
     qwen1.add_argument("source", type=Path, help="folder with config.json, weights and qwen.tiktoken")
@@ -42,5 +42,10 @@ def _convert(args: argparse.Namespace) -> list[Path]:
 
         return convert_qwen1(resolve(args.source), args.target.absolute(), args.max_shard_size)
     from lavis.converters import deepspeed
+    from lavis.converters.trained import export_pth, open_run
+    from lavis.runners.checkpoint import MARKER
 
+    if (args.ckpt_dir / MARKER).exists() or (args.ckpt_dir / "checkpoints").is_dir():  # our own, the same for every runner
+        file = deepspeed.LLM_FILE if args.conversion == "pipemodel2pth" else deepspeed.MODEL_FILE
+        return [export_pth(open_run(args.ckpt_dir), args.ckpt_dir / file)]
     return [getattr(deepspeed, args.conversion)(args.ckpt_dir)]

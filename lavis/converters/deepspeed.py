@@ -14,6 +14,7 @@ from lavis.common.errors import CheckpointError
 from lavis.models.weights import reading
 
 MODEL_STATES = "mp_rank_00_model_states.pt"
+ZERO3_STATES, ZERO3_WEIGHTS = "zero_pp_rank_*_mp_rank_00_model_states.pt", "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 MODEL_FILE, LLM_FILE = "model.pth", "unfreeze_llm_model.pth"
 TRAINER_PACKAGES = ("argparse", "deepspeed", "numpy", "omegaconf")
 """Where the objects come from that a trainer saves beside the weights (arguments, loss scaler, counters); they are not rebuilt."""
@@ -28,10 +29,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 def deepspeed2pth(ckpt_dir: Path) -> Path:
-    """Write the model of a ZeRO-0, 1 or 2 checkpoint to `ckpt_dir`/model.pth, a bare dict of tensors under their own names.
+    """Write the model of a ZeRO checkpoint to `ckpt_dir`/model.pth, a bare dict of tensors under their own names.
 
-    Raises CheckpointError for a missing, damaged or unsafe file, and for ZeRO-3 and pipeline checkpoints.
+    Of ZeRO-3, where every tensor is in pieces, what was trained is put together, in fp32. Raises CheckpointError for a missing, damaged
+    or unsafe file, and for pipeline checkpoints.
     """
+    if pieces := sorted(ckpt_dir.glob(ZERO3_STATES), key=_rank):
+        return _save(_put_together(ckpt_dir, pieces), ckpt_dir / MODEL_FILE)
     file = ckpt_dir / MODEL_STATES
     if not file.is_file():
         raise CheckpointError(f"{ckpt_dir} has no {MODEL_STATES}. {_what_it_is(ckpt_dir)}")
@@ -109,6 +113,35 @@ class _StandIn:
     def __setstate__(self, state: object) -> None: ...
 
 
+def _rank(file: Path) -> int:
+    return int(re.search(r"zero_pp_rank_(\d+)_", file.name)[1])
+
+
+def _put_together(ckpt_dir: Path, pieces: list[Path]) -> Tensors:
+    """The trained tensors of a ZeRO-3 checkpoint: rank after rank holds an equal share of each, the last one padded, all in one flat row."""
+    shapes: dict[str, torch.Size] = {}
+    for group in read_states(pieces[0]).get("param_shapes") or []:
+        shapes |= group
+    flats = []
+    for rank in range(len(pieces)):
+        files = sorted(ckpt_dir.glob(ZERO3_WEIGHTS.format(rank)))
+        if len(files) != 1:
+            raise CheckpointError(f"{ckpt_dir} has {len(files)} files {ZERO3_WEIGHTS.format(rank)} where one is wanted: copy the whole checkpoint folder again.")
+        state = read_states(files[0]).get("optimizer_state_dict") or {}
+        groups, ranks = state.get("fp32_flat_groups"), state.get("partition_count")
+        if not groups or ranks != len(pieces):
+            raise CheckpointError(f"{files[0]} is not one of the {len(pieces)} parts of a ZeRO-3 checkpoint (it says {ranks}): copy the whole checkpoint folder again.")
+        flats.append(torch.cat([group.flatten() for group in groups]))
+    model, start = {}, 0
+    for name, shape in shapes.items():
+        share = -(-shape.numel() // len(flats))
+        model[name] = torch.cat([flat[start : start + share] for flat in flats])[: shape.numel()].reshape(shape)
+        start += share
+    if start > len(flats[0]):
+        raise CheckpointError(f"{ckpt_dir} holds fewer weights than it lists: copy the whole checkpoint folder again.")
+    return model
+
+
 def _layer_files(ckpt_dir: Path) -> dict[int, Path]:
     """Pipeline layer to its file, in order."""
     found = {p: re.fullmatch(r"layer_(\d+)(-model_\d+)?-model_states\.pt", p.name) for p in sorted(ckpt_dir.glob("layer_*"))}
@@ -149,10 +182,8 @@ def _what_it_is(ckpt_dir: Path) -> str:
     """The mend for a folder that has not what is asked for."""
     if list(ckpt_dir.glob("layer_*-model_states.pt")):
         return "It is a checkpoint of the pipeline: use pipe_proj2pth, or pipemodel2pth for a trained LLM."
-    if list(ckpt_dir.glob("zero_pp_rank_*_model_states.pt")):
-        return "It is a checkpoint of ZeRO-3, whose tensors are in pieces: the zero_to_fp32.py that DeepSpeed leaves beside it puts them together."
     if (ckpt_dir / MODEL_STATES).is_file():
-        return "It looks like a ZeRO checkpoint: deepspeed2pth reads those of stages 0, 1 and 2."
+        return "It looks like a ZeRO checkpoint: deepspeed2pth reads those."
     return "Give the folder of one epoch or step, such as deepspeed_ckpt/epoch_9."
 
 

@@ -15,6 +15,7 @@ import torch
 from lavis.cli import main
 from lavis.common.errors import CheckpointError
 from lavis.converters.deepspeed import deepspeed2pth, pipe_proj2pth, pipemodel2pth, read_states
+from tests.converters.exports import random_run
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, BLOCKS, VOCAB = 6, 3, 11
@@ -102,11 +103,6 @@ def test_truncated_missing_and_other_checkpoints_are_told(tmp_path):
     torch.save({}, tmp_path / "layer_00-model_states.pt")
     with pytest.raises(CheckpointError, match="checkpoint of the pipeline: use pipe_proj2pth"):
         deepspeed2pth(tmp_path)
-    (tmp_path / "layer_00-model_states.pt").unlink()
-    (tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
-    file.unlink()
-    with pytest.raises(CheckpointError, match="ZeRO-3, whose tensors are in pieces"):
-        deepspeed2pth(tmp_path)
 
 
 def block(generation):
@@ -183,6 +179,47 @@ def test_an_incomplete_pipeline_is_told(tmp_path):
     torch.save({}, tmp_path / "layer_00-model_01-model_states.pt")
     with pytest.raises(CheckpointError, match="tensor parallelism"):
         pipe_proj2pth(tmp_path)
+
+
+ZERO3 = """
+import sys, torch, deepspeed
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3), torch.nn.LayerNorm(3))
+model[0].requires_grad_(False)
+optimizer = torch.optim.AdamW([{"params": [model[1].weight]}, {"params": [model[1].bias, *model[2].parameters()]}], lr=0.1)
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+engine.backward(engine(torch.ones(1, 5)).square().sum())
+engine.step()
+engine.save_checkpoint(sys.argv[1], tag="epoch_0", exclude_frozen_parameters=True)
+"""
+
+
+def test_the_pieces_of_a_zero_3_checkpoint_are_put_together(tmp_path):
+    """Against DeepSpeed's own way, on what DeepSpeed itself wrote; no size divides by the two ranks."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    (tmp_path / "script.py").write_text(ZERO3)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*launcher, "script.py", str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="epoch_0", exclude_frozen_parameters=True)
+    written = torch.load(deepspeed2pth(tmp_path / "epoch_0"), weights_only=True)
+    assert written.keys() == expected.keys() == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    next((tmp_path / "epoch_0").glob("*rank_1_*optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match="has 0 files .*rank_1_"):
+        deepspeed2pth(tmp_path / "epoch_0")
+
+
+@pytest.mark.parametrize("script", ["deepspeed2pth", "pipe_proj2pth"])
+def test_they_take_our_own_checkpoints_too(tmp_path, script):
+    run = random_run(tmp_path)
+    assert main(["convert", script, "--ckpt_dir", str(run)]) == 0
+    written = torch.load(run / "model.pth", weights_only=True)
+    assert written["model"].keys() == {"llm_proj.weight", "llm_proj.bias"}
 
 
 @pytest.mark.parametrize("script", ["deepspeed2pth", "pipe_proj2pth", "pipemodel2pth"])
