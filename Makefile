@@ -21,7 +21,7 @@ demo: install
 	$(VENV)/bin/lavis demo
 
 test: install
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadscope
 
 shapes: install
 	$(VENV)/bin/lavis shapes build

@@ -1,4 +1,4 @@
-"""Peak host memory and time of loading a sharded LLM, as shares of its size: python benchmarks/host_memory.py [--gib 2]
+"""Peak host memory and time of loading a sharded LLM, whole and as stages of a pipeline, as shares of what is loaded: python benchmarks/host_memory.py [--gib 2] [--stages 4]
 
 A synthetic LLM is written to a temporary folder in each layout and loaded in a process of its own. What counts is the growth of the process's
 resident memory from after the imports to its peak, pages mapped from the files included.
@@ -17,19 +17,28 @@ import torch
 from safetensors.torch import save_file
 
 WIDTH, MLP, HEADS, VOCAB = 2048, 5504, 16, 32_000
-LIMIT = 1.2
-"""Most memory, as a share of the weights."""
+LIMIT, STAGE_LIMIT = 1.2, 1.15
+"""Most memory, as a share of the weights: of the whole LLM, and of a stage."""
 CHILD = """
 import json, re, sys, time, torch
 from pathlib import Path
 from lavis.models.llm import load_llm
+import lavis.models.stages
 import transformers.models.qwen2.modeling_qwen2
 status = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 before, start = status("VmRSS"), time.perf_counter()
-llm = load_llm(sys.argv[1], torch.bfloat16)
+LOAD
 seconds = time.perf_counter() - start
 size = sum(p.numel() * p.element_size() for p in llm.parameters()) / 2**30
 print(json.dumps({"size": size, "peak": status("VmHWM") - before, "seconds": seconds}))
+"""
+WHOLE = "llm = load_llm(sys.argv[1], torch.bfloat16)"
+STAGE = """
+from lavis.models.stages import cut, llm_part, load_part, open_llm
+config, tensors = open_llm(sys.argv[1])
+part = cut(json.loads(sys.argv[2]))[int(sys.argv[3])]
+llm = llm_part(config, part, torch.bfloat16)
+load_part(llm, part, tensors, sys.argv[1], torch.device("cpu"))
 """
 
 
@@ -82,21 +91,35 @@ def write_llm(folder: Path, layout: str, blocks: int) -> None:
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
+def measure(code: str, *arguments: str) -> dict[str, float]:
+    """Size (GiB), peak (GiB) and seconds of a process that loads."""
+    done = subprocess.run([sys.executable, "-c", CHILD.replace("LOAD", code), *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(what: str, found: dict[str, float], limit: float) -> bool:
+    """Print a line; whether it is above the limit."""
+    share = found["peak"] / found["size"]
+    print(f"{what}: {found['size']:.2f} GiB of weights, peak {found['peak']:.2f} GiB = {share:.2f} x (limit {limit}), {found['seconds']:.1f} s", flush=True)
+    return share > limit
+
+
 def main() -> int:
-    """Print the figures; 1 if a layout passes the limit."""
+    """Print the figures; 1 if one passes its limit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the LLM")
+    parser.add_argument("--stages", type=int, default=4, help="stages of the pipeline")
+    args = parser.parse_args()
     per_block = 2 * sum(torch.Size(s).numel() for s in qwen2_block(0).values())
-    blocks = round((parser.parse_args().gib * 2**30 - 4 * VOCAB * WIDTH) / per_block)
+    blocks = round((args.gib * 2**30 - 4 * VOCAB * WIDTH) / per_block)
+    sizes = [blocks // args.stages + (i < blocks % args.stages) for i in range(args.stages)]
     heavy = False
     for layout in LAYOUTS:
         with tempfile.TemporaryDirectory() as folder:
             write_llm(Path(folder), layout, blocks)
-            done = subprocess.run([sys.executable, "-c", CHILD, folder], check=True, capture_output=True, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        share = found["peak"] / found["size"]
-        heavy |= share > LIMIT
-        print(f"{layout}: {found['size']:.2f} GiB of weights, peak {found['peak']:.2f} GiB = {share:.2f} x (limit {LIMIT}), {found['seconds']:.1f} s")
+            heavy |= report(layout, measure(WHOLE, folder), LIMIT)
+            for i in range(args.stages):
+                heavy |= report(f"  stage {i} of {args.stages}", measure(STAGE, folder, json.dumps(sizes), str(i)), STAGE_LIMIT)
     return int(heavy)
 
 

@@ -1,6 +1,23 @@
 """Settings of all tests: few threads, no network."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+import pytest
+from filelock import FileLock
+
+# Two tests side by side have a core each.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = "from lavis.runners.deepspeed_runner import build_operators, find_ninja; find_ninja(); build_operators()"
+
+
+@pytest.fixture(scope="session")
+def deepspeed_operators(tmp_path_factory):
+    """What DeepSpeed compiles on a CPU, compiled by one test process while the others wait."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "deepspeed.lock"):
+        subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, check=True)

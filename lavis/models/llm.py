@@ -28,7 +28,7 @@ from lavis.models.qwen1_format import is_qwen1
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()
 
-LOGITS_CHUNK_BYTES = 64 << 20
+LOGITS_CHUNK_BYTES = 128 << 20
 """Above this many bytes of fp32 logits the loss is computed in chunks whose logits are recomputed in backward."""
 
 

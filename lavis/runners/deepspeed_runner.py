@@ -37,17 +37,33 @@ class DeepSpeedRunner(RunnerBase):
         return self.task.build_model(self.world.device, llm_on_cpu=True)  # no rank has room for it: DeepSpeed takes it from there
 
     def _build_strategy(self) -> Strategy:
+        with self.world.local_main_first():
+            build_operators()
         from lavis.runners.deepspeed_strategy import DeepSpeedStrategy
 
         return DeepSpeedStrategy(self.model, self.task, self.run_config, self.world, accumulation(self.run_config, self.world.size))
 
 
+def build_operators() -> None:
+    """Compile what DeepSpeed compiles on a CPU at first use (about a minute, once on a machine): ranks that do so at the same time can crash."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder") if get_accelerator().device_name() == "cpu" else None
+    if builder and builder.is_compatible(verbose=False):
+        builder.load(verbose=False)
+
+
 def require_deepspeed(recipe: Recipe) -> None:
-    """Raise ConfigError if DeepSpeed is missing; let it find the ninja of this environment, which compiles its operators."""
+    """Raise ConfigError if DeepSpeed is missing; prepare the environment it looks at."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"{recipe.source}: run.runner {recipe.run.runner} needs DeepSpeed: pip install 'lavis[deepspeed]', or set run.runner=runner_base.")
+    find_ninja()
+    if recipe.run.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def find_ninja() -> None:
+    """Put this environment's scripts on PATH, where DeepSpeed looks for ninja, also when the environment is not activated."""
     scripts = sysconfig.get_path("scripts")
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    if recipe.run.device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"

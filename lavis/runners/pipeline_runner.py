@@ -17,7 +17,7 @@ from lavis.common.registries import RUNNERS
 from lavis.datasets.template import image_token_id
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.runners.data import accumulation
-from lavis.runners.deepspeed_runner import require_deepspeed
+from lavis.runners.deepspeed_runner import build_operators, require_deepspeed
 from lavis.runners.runner_base import RunnerBase, parameter_counts
 from lavis.runners.strategy import Strategy
 
@@ -109,6 +109,8 @@ class PipelineRunner(RunnerBase):
         return cut(sizes)
 
     def _build_strategy(self) -> Strategy:
+        with self.world.local_main_first():
+            build_operators()
         from lavis.runners.pipeline_strategy import PipelineStrategy
 
         return PipelineStrategy(self.model, self.task, self.run_config, self.world, self.data_world, accumulation(self.run_config, self.data_world.size))

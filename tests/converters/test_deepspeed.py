@@ -195,7 +195,7 @@ engine.save_checkpoint(sys.argv[1], tag="epoch_0", exclude_frozen_parameters=Tru
 """
 
 
-def test_the_pieces_of_a_zero_3_checkpoint_are_put_together(tmp_path):
+def test_the_pieces_of_a_zero_3_checkpoint_are_put_together(tmp_path, deepspeed_operators):
     """Against DeepSpeed's own way, on what DeepSpeed itself wrote; no size divides by the two ranks."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -5,6 +5,7 @@ import torch
 
 from tests.runners.world import PICTURES, saved_tensors, train, train_lines, validation_losses
 
+pytestmark = pytest.mark.usefixtures("deepspeed_operators")
 STEPS = 5
 LAYOUTS = {
     "accumulation": (1, ["run.batch_size_train=2", "run.accum_grad_iters=4"]),

@@ -13,6 +13,7 @@ from tests.runners.world import command, environment, only_run, saved_tensors, t
 
 # Dropout in what is trained, so that a generator left in another state would show.
 TRAINED = {"freeze_qformer": False, "freeze_queries": False, "get_lora": True, "lora_dropout": 0.2}
+pytestmark = pytest.mark.usefixtures("deepspeed_operators")
 STEPS = 30
 RUN = {"max_steps": STEPS, "save_freq": 4, "valid_splits": ["val"], "eval_freq": 10, "num_sample_prompts": 1, "max_new_tokens": 2}
 
