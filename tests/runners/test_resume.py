@@ -1,5 +1,6 @@
 """Interrupted and resumed equals uninterrupted, bit for bit."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,8 @@ def uninterrupted(cache, tmp_path_factory):
     return train(cache, tmp_path_factory.mktemp("whole"), model=TRAINED, run=RUN)
 
 
-def start_and_kill(cache, folder, *options, ranks):
-    """Start training and kill it with SIGKILL once step 9 is logged; its run folder."""
+def start(cache, folder, *options, ranks):
+    """Start training and wait until step 9 is logged; the launcher's process."""
     recipe = write_recipe(folder, TRAINED, RUN)
     log = (folder / "log").open("w")
     process = subprocess.Popen(
@@ -37,10 +38,15 @@ def start_and_kill(cache, folder, *options, ranks):
             break
         time.sleep(0.01)
     assert process.poll() is None, (folder / "log").read_text()[-3000:]
-    launcher = psutil.Process(process.pid)
+    return psutil.Process(process.pid)
+
+
+def start_and_kill(cache, folder, *options, ranks):
+    """Start training and kill all of it with SIGKILL in the middle; its run folder."""
+    launcher = start(cache, folder, *options, ranks=ranks)
     for victim in [launcher, *launcher.children(recursive=True)]:  # torchrun gives its workers sessions of their own
         victim.send_signal(signal.SIGKILL)
-    process.wait()
+    launcher.wait()
     return only_run(folder)
 
 
@@ -91,6 +97,15 @@ def test_two_ranks_resume_too(cache, tmp_path, name):
     run = start_and_kill(cache, cut, *options, ranks=2)
     assert train(cache, cut, "run.resume=auto", *options, ranks=2, model=TRAINED, run=RUN) == run
     assert_same_end(run, expected)
+
+
+def test_when_a_rank_dies_all_end_within_a_minute_and_the_rank_is_named(cache, tmp_path):
+    launcher = start(cache, tmp_path, *RUNNERS["pipeline"], ranks=2)
+    (victim,) = [p for p in launcher.children() if p.environ().get("RANK") == "1"]
+    victim.send_signal(signal.SIGKILL)
+    assert launcher.wait(timeout=60) != 0
+    message = (tmp_path / "log").read_text()
+    assert "Signal 9 (SIGKILL)" in message and re.search(r"rank\s*: 1 ", message)
 
 
 def test_another_layout_goes_on_from_a_zero_checkpoint(cache, tmp_path):

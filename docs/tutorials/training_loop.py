@@ -1,0 +1,56 @@
+"""Five steps of shapes/align with the pieces of the program put together by hand, then the same five by its runner: the losses are equal."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from lavis.common.config import load_recipe
+from lavis.common.dist import world
+from lavis.common.registries import RUNNERS, TASKS
+from lavis.runners.data import RunData
+from lavis.runners.schedules import horizon, learning_rate
+from lavis.runners.strategy import DataParallelStrategy
+
+STEPS = 5
+OPTIONS = [
+    f"run.max_steps={STEPS}", "run.cache_features=false", "run.evaluate_before=false", "run.evaluate_blind=false", "run.test_splits=[]", "run.valid_splits=[]",
+    "run.log_freq=1", "run.trackers=[]", "datasets.shapes_instruction.generate.train=300",
+]  # fmt: skip
+
+
+def by_hand() -> list[float]:
+    recipe = load_recipe("shapes/align", OPTIONS)  # YAML and options, merged, typed and checked
+    run = recipe.run
+    with world(run.device) as ranks:  # one process here; under torchrun the same lines see several
+        task = TASKS.get(run.task)(recipe)  # knows tokenizer, chat template, loss and export
+        data = RunData(recipe, task, ranks)  # prepared tables, and the plan of which samples make which step
+        span = horizon(run, data.plan.steps_per_epoch)
+        model = task.build_model(ranks.device).train()  # everything frozen but llm_proj
+        strategy = DataParallelStrategy(model, task, run, ranks)
+        losses: list[float] = []
+        for step, batches in enumerate(data.loader.steps(epoch=0)):
+            if step == STEPS:
+                break
+            rate = learning_rate(run, span, step)
+            result = strategy.step(batches, rate, step + 1)  # forward and backward of each micro-batch, sum over ranks, clip, update
+            losses.append(result.loss)
+            tokens, images = sum(b.num_tokens for b in batches), sum(len(b.pixel_values) for b in batches)
+            print(f"step {step + 1}: {len(batches)} micro-batches, {images} images, {tokens} supervised tokens, rate {rate:.1e}, loss {result.loss:.6f}")
+    return losses
+
+
+def by_the_runner() -> list[float]:
+    recipe = load_recipe("shapes/align", OPTIONS)
+    summary = RUNNERS.get(recipe.run.runner)(recipe).run()
+    lines = (Path(summary["run_folder"]) / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if row["kind"] == "train"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ours, theirs = by_hand(), by_the_runner()
+    print("by hand:      ", *(f"{x:.6f}" for x in ours))
+    print("by the runner:", *(f"{x:.6f}" for x in theirs))
+    sys.exit(ours != theirs)
