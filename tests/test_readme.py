@@ -16,7 +16,7 @@ LINES = {
     for line in block.splitlines()
     if re.match(r"\.venv/bin/lavis (configs|data)", line)
 }
-ORDER = sorted(LINES, key=lambda line: ("my.yaml" in line, "check" in line))
+ORDER = sorted(LINES, key=lambda line: ("my.yaml" in line, "check" in line, line))
 
 
 def test_both_languages_give_the_same_commands():

@@ -68,7 +68,7 @@ def test_the_stages_of_a_model_that_sees_give_its_loss(tmp_path):
     model, batch = small_model(), batch_of([15, 12], [1, 0])
     model.llm_model.save_pretrained(tmp_path)
     parts = list(stages(tmp_path, [1, 1]))
-    built = [Stage(MiniGPT4QwenConfig(**tower_settings()), llm, part, IMAGE_ID) for part, llm in parts]
+    built = [Stage(MiniGPT4QwenConfig(**tower_settings()), llm, part, IMAGE_ID).train() for part, llm in parts]
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("llm_model.")}
     built[0].front.load_state_dict(own, strict=False)
     hidden = built[1](built[0]((batch.input_ids, batch.position_ids, batch.pixel_values)))
