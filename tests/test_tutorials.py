@@ -25,7 +25,7 @@ def test_precision_and_checkpointing(tmp_path):
     for weights in ("trained", "frozen"):
         assert kept[weights, "bf16", "no"] < 0.8 * kept[weights, "fp32", "no"]
         for precision in ("fp32", "bf16"):
-            assert kept[weights, precision, "yes"] < 0.35 * kept[weights, precision, "no"]
+            assert kept[weights, precision, "yes"] < 0.4 * kept[weights, precision, "no"]
             assert (forwards[weights, precision, "no"], forwards[weights, precision, "yes"]) == (8, 16)
             assert error[weights, precision, "yes"] == error[weights, precision, "no"] <= (0 if precision == "fp32" else 0.01)
 

@@ -15,7 +15,7 @@ from lavis.runners.strategy import DataParallelStrategy
 
 STEPS = 5
 OPTIONS = [
-    f"run.max_steps={STEPS}", "run.cache_features=false", "run.evaluate_before=false", "run.evaluate_blind=false", "run.test_splits=[]", "run.valid_splits=[]",
+    f"run.max_steps={STEPS}", "run.warmup_steps=2", "run.cache_features=false", "run.evaluate_before=false", "run.evaluate_blind=false", "run.test_splits=[]", "run.valid_splits=[]",
     "run.log_freq=1", "run.trackers=[]", "datasets.shapes_instruction.generate.train=300",
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 from torch import nn
 
@@ -76,7 +77,8 @@ class DeepSpeedStrategy(Strategy):
         self.optimizer = build_optimizer(model, run)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         towers = [m for m in (model, getattr(model, "visual_encoder", None)) if m is not None]
-        kept_whole = max((p.numel() for m in towers for p in m.parameters(recurse=False)), default=0)  # used without a forward of their module
+        self.unhooked = [p for m in towers for p in m.parameters(recurse=False)]  # used without a forward, or a backward, that DeepSpeed sees
+        kept_whole = max((p.numel() for p in self.unhooked), default=0)
         config = engine_config(run, self.dtype(), accumulation, kept_whole)
         try:
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config, dist_init_required=False)
@@ -87,8 +89,7 @@ class DeepSpeedStrategy(Strategy):
                 deepspeed.zero.register_external_parameter(module, parameter)
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(world.device)
-            if small := self.engine.optimizer.persistent_parameters:
-                small[0].all_gather(small)  # DeepSpeed waits for the first training step; sample prompts come before
+            _gather(self.engine.optimizer.persistent_parameters)  # DeepSpeed waits for the first training step; sample prompts come before
         self._place_scaler()
 
     def _place_scaler(self) -> None:
@@ -111,6 +112,8 @@ class DeepSpeedStrategy(Strategy):
         for i, batch in enumerate(batches):
             with self.autocast():
                 out = self.engine(self.ready(batch))
+            if self.stage == 3:
+                _gather(self.unhooked)
             # DeepSpeed takes the mean over ranks of what each rank sums
             self.engine.backward(out.loss_sum / total * self.world.size, scale_wrt_gas=False)
             for name, value in {"loss": out.loss_sum.detach(), **out.parts}.items():
@@ -202,3 +205,8 @@ class DeepSpeedStrategy(Strategy):
         padded = F.pad(value.flatten(), (0, size * self.world.size - value.numel()))
         return padded.narrow(0, size * self.world.rank, size)
 
+
+def _gather(parameters: list[nn.Parameter]) -> None:
+    """Make those of ZeRO-3's `parameters` whole that are not."""
+    if absent := [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
+        absent[0].all_gather(absent)

@@ -21,7 +21,7 @@ _FREE_RUN_KEYS = frozenset(
     "max_epoch max_steps batch_size_train batch_size_eval accum_grad_iters global_batch_size num_workers max_bad_image_share log_freq eval_freq "
     "save_freq keep_checkpoints output_dir export export_dtype trackers device world_size dist_url distributed resume "
     "resume_ckpt_path resume_ckpt_load_dir resume_ckpt_tag sample_prompts num_sample_prompts valid_splits test_splits evaluate "
-    "evaluate_blind evaluate_before max_eval_samples max_new_tokens cache_features".split()
+    "evaluate_blind evaluate_before max_eval_samples max_new_tokens cache_features runner num_stages stage_blocks deepspeed_config".split()
 )
 """Keys of `run` that may change when a run goes on: what changes here changes neither the data nor the optimisation of past steps.
 The batch keys are free because only their product with the number of ranks matters, which is checked apart."""
@@ -72,6 +72,8 @@ def recipe_differences(recipe: Recipe, saved: Path) -> list[str]:
 
 def _matters(key: str) -> bool:
     section, _, rest = key.partition(".")
+    if key == "model.llm_grad_checkpoint":
+        return False
     return not (section == "run" and rest.split(".")[0] in _FREE_RUN_KEYS)
 
 

@@ -59,7 +59,9 @@ def random_run(folder: Path, family: str = "qwen2", *, placeholder: bool = True,
     section = MODEL | {"llm_model": str(folder / "llm"), "pretrained": str(folder / "tower.safetensors")} | changes
     datasets = {"shapes_instruction": {"vis_processor": {"train": PROCESSOR, "eval": PROCESSOR}}}
     recipe = recipe_from_dict({"model": section, "datasets": datasets, "run": {"task": "image_text_pretrain"}})
-    model = randomize(MiniGPT4Qwen(recipe.model, llm, image_token_id(load_tokenizer(recipe.model))))
+    model = MiniGPT4Qwen(recipe.model, llm, image_token_id(load_tokenizer(recipe.model)))
+    model.add_adapters()
+    randomize(model)
     with torch.no_grad():
         model.visual_encoder.pos_embed *= 40
         model.query_tokens *= 20
