@@ -23,6 +23,7 @@ OPTIONS = [
 def by_hand() -> list[float]:
     recipe = load_recipe("shapes/align", OPTIONS)  # YAML and options, merged, typed and checked
     run = recipe.run
+    torch.manual_seed(run.seed)  # of the new linear layer
     with world(run.device) as ranks:  # one process here; under torchrun the same lines see several
         task = TASKS.get(run.task)(recipe)  # knows tokenizer, chat template, loss and export
         data = RunData(recipe, task, ranks)  # prepared tables, and the plan of which samples make which step

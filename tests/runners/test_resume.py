@@ -15,8 +15,8 @@ from tests.runners.world import command, environment, only_run, saved_tensors, t
 # Dropout in what is trained, so that a generator left in another state would show.
 TRAINED = {"freeze_qformer": False, "freeze_queries": False, "get_lora": True, "lora_dropout": 0.2}
 pytestmark = pytest.mark.usefixtures("deepspeed_operators")
-STEPS = 30
-RUN = {"max_steps": STEPS, "save_freq": 4, "valid_splits": ["val"], "eval_freq": 10, "num_sample_prompts": 1, "max_new_tokens": 2}
+STEPS = 14
+RUN = {"max_steps": STEPS, "save_freq": 2, "valid_splits": ["val"], "eval_freq": 7, "num_sample_prompts": 1, "max_new_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def uninterrupted(cache, tmp_path_factory):
 
 
 def start(cache, folder, *options, ranks):
-    """Start training and wait until step 9 is logged; the launcher's process."""
+    """Start training and wait until step 5 is logged; the launcher's process."""
     recipe = write_recipe(folder, TRAINED, RUN)
     log = (folder / "log").open("w")
     process = subprocess.Popen(
@@ -34,7 +34,7 @@ def start(cache, folder, *options, ranks):
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         lines = list((folder / "output").glob("*/metrics.jsonl"))
-        if lines and lines[0].read_text().count('"train"') >= 9:
+        if lines and lines[0].read_text().count('"train"') >= 5:
             break
         time.sleep(0.01)
     assert process.poll() is None, (folder / "log").read_text()[-3000:]
@@ -113,9 +113,10 @@ def test_another_layout_goes_on_from_a_zero_checkpoint(cache, tmp_path):
     steps = {"batch_size_train": 4, "global_batch_size": 8, "save_freq": 3}
     whole = train(cache, tmp_path / "whole", run=steps)
     first = train(cache, tmp_path / "first", *RUNNERS["ZeRO-2"], ranks=2, run=steps)
-    rest = train(cache, tmp_path / "rest", f"run.resume={first / 'checkpoints/step-3'}", run=steps)
-    got, want = saved_tensors(rest, 5), saved_tensors(whole, 5)
-    assert got.keys() == want.keys() and rest != first
+    shutil.rmtree(first / "checkpoints/step-5")
+    assert train(cache, tmp_path / "first", f"run.resume={first / 'checkpoints/step-3'}", run=steps) == first
+    got, want = saved_tensors(first, 5), saved_tensors(whole, 5)
+    assert got.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-7)
 
