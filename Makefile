@@ -21,7 +21,7 @@ demo: install
 	$(VENV)/bin/lavis demo
 
 test: install
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadscope
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 shapes: install
 	$(VENV)/bin/lavis shapes build

@@ -6,5 +6,4 @@ from lavis.cli import main
 
 if __name__ == "__main__":  # data workers import this file again
     given = sys.argv[1:]
-    stages = [] if any(a.split("=")[0] == "--num-stages" for a in given) else ["--num-stages", "1"]
-    sys.exit(main(["train", *stages, *given]))
+    sys.exit(main(["train", *given, "--options", "run.runner=pipeline_runner"]))

@@ -15,6 +15,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "from lavis.runners.deepspeed_runner import build_operators, find_ninja; find_ninja(); build_operators()"
 
+SLOW = ("test_resume", "test_demo", "test_equivalence", "test_tutorials", "test_readme", "test_runner")
+"""Modules of minutes; they begin first, so that two workers end at the same time."""
+
+
+def pytest_collection_modifyitems(items):
+    """Slow modules first."""
+    items.sort(key=lambda item: SLOW.index(item.module.__name__.rpartition(".")[2]) if item.module.__name__.endswith(SLOW) else len(SLOW))
+
 
 @pytest.fixture(scope="session")
 def deepspeed_operators(tmp_path_factory):

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train what a recipe says",
     "evaluate": "evaluate the test splits of a recipe",
     "configs": "list, copy, show and check recipes",
+    "plan": "whether a recipe fits on given hardware, how it is best laid out, and what a step costs",
     "weights": "list the files a recipe needs, and fetch those that are missing",
     "data": "prepare and inspect datasets",
     "convert": "turn checkpoints of the original and first-generation Qwen folders into files that other tools read",

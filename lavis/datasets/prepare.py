@@ -97,6 +97,8 @@ class PreparedTable:
         """int32 [n]: tokens of each sample, images included."""
         self.num_tokens: np.ndarray = self._table["num_tokens"].to_numpy()
         """int32 [n]: supervised tokens of each sample."""
+        self.num_images: np.ndarray = pa.compute.list_value_length(self._table["images"]).to_numpy()
+        """int32 [n]: images of each sample."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedTable, (self.folder, self.image_root)

@@ -13,7 +13,7 @@ from lavis.common.registries import MODELS
 from lavis.datasets.assemble import load_tokenizer
 from lavis.datasets.types import Batch
 from lavis.models.configs import CausalLMConfig
-from lavis.models.llm import check_context, generate, load_llm, new_llm, supervised_loss
+from lavis.models.llm import check_context, generate, load_llm, new_llm, recompute_activations, supervised_loss
 from lavis.models.output import LossOutput
 
 
@@ -41,7 +41,7 @@ class CausalLM(nn.Module):
             llm = new_llm(config.llm_config, len(tokenizer), special_ids)
         check_context(llm, config.max_txt_len)
         if config.llm_grad_checkpoint:
-            llm.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(llm)
         return cls(llm)
 
     def embed(self, batch: Batch) -> torch.Tensor:

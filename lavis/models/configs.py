@@ -97,8 +97,17 @@ class MiniGPT4QwenConfig(VisionConfig):
     lora_alpha: float = opt(32, "scale of the adapters times their rank", at_least=0)
     lora_dropout: float = opt(0.05, "dropout before the adapters", at_least=0)
     max_txt_len: int = opt(512, "longest sample, tokens, images included", at_least=8)
-    llm_grad_checkpoint: bool = opt(False, "recompute the LLM's activations in backward: less memory, slower")
+    llm_grad_checkpoint: Any = opt(
+        "auto",
+        "recompute the LLM's activations in backward: less memory, slower; auto = on a GPU, where the plan of the run does not fit without",
+        choices=("auto", True, False),
+    )
     enable_autocast: bool = opt(True, "as `run.amp`; both must be true")
+
+    @property
+    def recomputes_llm(self) -> bool:
+        """Whether the LLM's activations are recomputed; a runner has settled `auto` before it builds a model."""
+        return self.llm_grad_checkpoint is True
 
 
 @MODEL_CONFIGS.register("blip2_qformer")

@@ -182,8 +182,15 @@ def generate(
     return [list(takewhile(lambda t: t not in stop_token_ids, row)) for row in ids.tolist()]
 
 
+def recompute_activations(llm: PreTrainedModel) -> None:
+    """Keep the inputs of `llm`'s blocks alone and run each again in the backward pass."""
+    # older versions of transformers know the second name alone
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def add_lora(module: nn.Module, *, r: int, alpha: float, dropout: float) -> None:
-    """Put trainable LoRA adapters (peft) on every Linear of `module` except the output head; all else is frozen."""
+    """Put trainable LoRA adapters (peft) in fp32 on every Linear of `module` except the output head; all else is frozen."""
     from peft import LoraConfig, inject_adapter_in_model
 
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
@@ -191,3 +198,6 @@ def add_lora(module: nn.Module, *, r: int, alpha: float, dropout: float) -> None
     inject_adapter_in_model(
         LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"), module
     )
+    for p in module.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()  # what is trained is fp32, whatever the type of the frozen weights

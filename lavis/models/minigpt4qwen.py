@@ -15,7 +15,7 @@ from lavis.datasets.assemble import load_tokenizer
 from lavis.datasets.template import image_token_id
 from lavis.datasets.types import Batch
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.llm import DTYPES, add_lora, check_context, frozen_dtype, generate, load_llm, supervised_loss
+from lavis.models.llm import DTYPES, add_lora, check_context, frozen_dtype, generate, load_llm, recompute_activations, supervised_loss
 from lavis.models.output import LossOutput
 from lavis.models.pretrained import load_model, save_model
 from lavis.models.vision import Blip2Base
@@ -42,8 +42,8 @@ class MiniGPT4Qwen(Blip2Base):
         self.llm_trained = not config.freeze_llm
         llm.requires_grad_(self.llm_trained)
         self.llm_proj.requires_grad_(not config.freeze_proj)
-        if config.llm_grad_checkpoint:
-            llm.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.recomputes_llm:
+            recompute_activations(llm)
 
     @classmethod
     def from_config(
@@ -110,7 +110,7 @@ class MiniGPT4Qwen(Blip2Base):
     def train(self, mode: bool = True) -> MiniGPT4Qwen:
         """As Blip2Base.train; a frozen LLM stays in eval mode unless its activations are recomputed (which needs train mode)."""
         super().train(mode)
-        self.llm_model.train(mode and (self.llm_trained or self.config.llm_grad_checkpoint))
+        self.llm_model.train(mode and (self.llm_trained or self.config.recomputes_llm))
         return self
 
     def embed(self, batch: Batch) -> torch.Tensor:

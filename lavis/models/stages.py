@@ -23,7 +23,7 @@ from lavis.common.paths import resolve
 from lavis.datasets.types import IGNORE_INDEX
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.gguf import is_gguf
-from lavis.models.llm import add_lora, cross_entropy_sum
+from lavis.models.llm import add_lora, cross_entropy_sum, recompute_activations
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
 from lavis.models.qwen1 import open_qwen1
 from lavis.models.qwen1_format import is_qwen1
@@ -108,7 +108,8 @@ def load_part(llm: PreTrainedModel, part: Part, tensors: dict[str, LazyTensor], 
         sources["lm_head.weight"] = "model.embed_tokens.weight"
     if missing := sorted(source for source in sources.values() if source not in tensors):
         raise CheckpointError(f"{name} lacks {', '.join(missing[:8])}, which stage {part.index} of {part.count} needs. Download it again.")
-    for key, source in sources.items():
+    for key in sorted(sources, key=lambda key: -llm.get_parameter(key).numel()):  # the largest first, while there is little else beside its file
+        source = sources[key]
         owner, _, leaf = key.rpartition(".")
         module = llm.get_submodule(owner)
         old = getattr(module, leaf)
@@ -139,8 +140,8 @@ class Stage(nn.Module):
             if config.get_lora and "llm" in config.lora_parts:
                 add_lora(llm, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
                 self.llm_trained = True
-            if config.llm_grad_checkpoint:
-                llm.gradient_checkpointing_enable({"use_reentrant": False})
+            if config.recomputes_llm:
+                recompute_activations(llm)
         if not any(p.requires_grad for p in self.parameters()):
             self.anchor = nn.Parameter(torch.zeros(1))  # an optimiser wants a parameter; this one has no part in anything
 
@@ -153,7 +154,7 @@ class Stage(nn.Module):
         """Frozen parts stay in eval mode, as in MiniGPT4Qwen."""
         super().train(mode)
         if not self.part.is_first:
-            self.llm_model.train(mode and (self.llm_trained or self.config.llm_grad_checkpoint))
+            self.llm_model.train(mode and (self.llm_trained or self.config.recomputes_llm))
         return self
 
     def whole_names(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -13,6 +13,7 @@ from lavis.common.config import Recipe
 from lavis.common.errors import ConfigError
 from lavis.common.registries import RUNNERS
 from lavis.runners.data import accumulation
+from lavis.runners.plan import Layout
 from lavis.runners.runner_base import RunnerBase
 from lavis.runners.strategy import Strategy
 
@@ -35,6 +36,11 @@ class DeepSpeedRunner(RunnerBase):
         if zero_stage(self.run_config) < 3 or self.run_config.evaluate:
             return super()._build_model()
         return self.task.build_model(self.world.device, llm_on_cpu=True)  # no rank has room for it: DeepSpeed takes it from there
+
+    def _layout(self) -> Layout:
+        from lavis.runners.deepspeed_strategy import zero_stage
+
+        return Layout(self.world.size, zero=zero_stage(self.run_config))
 
     def _build_strategy(self) -> Strategy:
         with self.world.local_main_first():

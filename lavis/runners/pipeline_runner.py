@@ -18,6 +18,7 @@ from lavis.datasets.template import image_token_id
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.runners.data import accumulation
 from lavis.runners.deepspeed_runner import build_operators, require_deepspeed
+from lavis.runners.plan import Layout
 from lavis.runners.runner_base import RunnerBase, parameter_counts
 from lavis.runners.strategy import Strategy
 
@@ -79,7 +80,7 @@ class PipelineRunner(RunnerBase):
         llm_config, tensors = open_llm(config.llm_model)
         if llm_config.tie_word_embeddings and not config.freeze_llm and self.run_config.num_stages > 1:
             raise ConfigError(f"{config.llm_model} ties its embeddings to its head, which then lie on two ranks and can't be trained: set model.freeze_llm=true.")
-        part = self._parts(config, llm_config)[self.stage_index]
+        part = self._parts(llm_config.num_hidden_layers)[self.stage_index]
         dtype = frozen_dtype(self.world.device) if config.freeze_llm else torch.float32
         llm = llm_part(llm_config, part, dtype)
         load_part(llm, part, tensors, config.llm_model, torch.device("cpu"))
@@ -89,24 +90,29 @@ class PipelineRunner(RunnerBase):
         stage.to(self.world.device)
         return StagedModel(stage, self.pipe_group, self.pipe_ranks, self.world.device)
 
-    def _parts(self, config: MiniGPT4QwenConfig, llm_config) -> list[Part]:
+    def _layout(self) -> Layout:
+        return Layout(self.world.size, self.run_config.num_stages)
+
+    def _parts(self, blocks: int) -> list[Part]:
         """The stages, by their cost or as the recipe says; printed as a table."""
-        from lavis.models.cost import balanced, sample_costs
         from lavis.models.stages import cut
 
-        blocks, stages = llm_config.num_hidden_layers, self.run_config.num_stages
-        lengths = self.data.train_tables if not self.run_config.evaluate else []
-        tokens = round(sum(int(t.lengths.sum()) for t in lengths) / max(1, sum(map(len, lengths)))) or config.max_txt_len
-        costs = sample_costs(config, llm_config, tokens=tokens, supervised=max(1, tokens // 4))
-        sizes = list(self.run_config.stage_blocks) or balanced(costs, blocks, stages)
-        if len(sizes) != stages or sum(sizes) != blocks or min(sizes) < 1:
+        sizes, stages = self.run_config.stage_blocks, self.run_config.num_stages
+        if sizes and (len(sizes) != stages or sum(sizes) != blocks or min(sizes) < 1):
             raise ConfigError(f"run.stage_blocks {sizes} must be {stages} numbers, one for each stage, at least 1, that sum to the LLM's {blocks} blocks.")
-        for i, n in enumerate(sizes):
-            first, last = i == 0, i == stages - 1
-            parameters = n * costs.block_parameters + first * costs.front_parameters + last * costs.back_parameters
-            flops = n * costs.block + first * costs.front + last * costs.back
-            log.info("stage %d of %d: %d blocks, %s parameters, %.3g GFLOP a sample", i, stages, n, f"{parameters:,}", flops / 1e9)
-        return cut(sizes)
+        if self.run_config.evaluate:
+            return cut(sizes or [blocks // stages + (i >= stages - blocks % stages) for i in range(stages)])
+        return cut(self.world.broadcast(self._planned_sizes() if self.world.is_main else None))
+
+    def _planned_sizes(self) -> list[int]:
+        planner = self._planner()
+        plan = planner.plan(self._layout(), blocks=self.run_config.stage_blocks or None)
+        for i, (n, f, memory) in enumerate(zip(plan.blocks, plan.footprints, plan.memory, strict=True)):
+            log.info(
+                "stage %d of %d: %d blocks, %s parameters, %.3g GFLOP a micro-batch of the longest rows, %.2f GiB expected",
+                i, len(plan.blocks), n, f"{round(f.parameters):,}", f.flops / 1e9, memory.total / 2**30,
+            )  # fmt: skip
+        return list(plan.blocks)
 
     def _build_strategy(self) -> Strategy:
         with self.world.local_main_first():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +28,7 @@ from lavis.runners.data import RunData
 from lavis.runners.evaluator import Evaluator
 from lavis.runners.metrics import MetricsLog, peak_memory_bytes
 from lavis.runners.optim import trainable_parameters
+from lavis.runners.plan import Layout, Machine, Planner
 from lavis.runners.report import plot_loss
 from lavis.runners.run_folder import SUMMARY, RunFolder, frozen_differences, open_run_folder
 from lavis.runners.schedules import horizon, learning_rate
@@ -72,6 +76,7 @@ class RunnerBase:
         self.task: Task = TASKS.get(self.run_config.task)(self.recipe)
         with self.world.local_main_first():  # tables are made once and left on disk
             self.data = RunData(self.recipe, self.task, self.data_world, with_images=self._sees())
+        self._settle_recomputation()
         if not self.run_config.evaluate:
             self.span = horizon(self.run_config, self.data.plan.steps_per_epoch)
         self.model: nn.Module = self._build_model()
@@ -90,6 +95,41 @@ class RunnerBase:
 
     def _sees(self) -> bool:
         """Whether this rank needs images."""
+        return True
+
+    def _layout(self) -> Layout:
+        """How the run lies on the ranks, for its plan."""
+        return Layout(self.world.size)
+
+    def _planner(self) -> Planner:
+        """Plans of this run on this rank's hardware, for its longest row."""
+        lengths, supervised, images = (np.concatenate([getattr(t, name) for t in self.data.train_tables]) for name in ("lengths", "num_tokens", "num_images"))
+        if self.run_config.packing:
+            tokens = self.run_config.pack_length
+            filled = tokens / lengths.sum()
+            row = {"tokens": tokens, "images": math.ceil(filled * images.sum()), "supervised": math.ceil(filled * supervised.sum())}
+        else:
+            row = {"tokens": int(lengths.max()), "images": int(images.max()), "supervised": int(supervised.max())}
+        return Planner(self.recipe, Machine.this(self.world.device), samples=self.data.plan.global_batch, **row)
+
+    def _settle_recomputation(self) -> None:
+        """Decide what model.llm_grad_checkpoint=auto is: recomputing, where a GPU has no room without."""
+        model = self.recipe.model
+        if getattr(model, "llm_grad_checkpoint", None) != "auto":
+            return
+        needed = False
+        if self.world.device.type == "cuda" and not self.run_config.evaluate:
+            needed = self.world.broadcast(self._needs_recomputation() if self.world.is_main else None)
+        self.recipe = replace(self.recipe, model=replace(model, llm_grad_checkpoint=needed))
+        self.task.recipe = self.recipe
+
+    def _needs_recomputation(self) -> bool:
+        planner = self._planner()
+        plan = planner.plan(self._layout(), blocks=self.run_config.stage_blocks or None, recompute=False)
+        if plan.fits(planner.machine):
+            return False
+        room = planner.machine.memory / 2**30
+        log.info("a rank would need %.1f of %.1f GiB: activations of the LLM are recomputed (model.llm_grad_checkpoint=auto)", plan.peak / 2**30, room)
         return True
 
     def _cache_features(self, model: nn.Module) -> None:

@@ -7,7 +7,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavis.common.errors import CheckpointError, ConfigError
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.cost import Costs, balanced, sample_costs
 from lavis.models.stages import SPLITTABLE, Part, Stage, cut, llm_part, load_part, open_llm
 from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, small_llm, small_model, tower_settings
 
@@ -90,22 +89,3 @@ def test_what_is_missing_or_can_not_be_cut_is_told(tmp_path):
         open_llm(str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="GGUF"):
         open_llm("some/model.gguf")
-
-
-def test_blocks_are_shared_out_so_that_the_dearest_stage_is_cheap():
-    costs = Costs(front=3.0, block=1.0, back=2.0, front_parameters=0, block_parameters=0, back_parameters=0)
-    assert balanced(costs, 11, 1) == [11]
-    assert balanced(costs, 11, 2) == [5, 6]
-    assert balanced(costs, 11, 4) == [1, 4, 4, 2]
-    assert balanced(costs, 4, 4) == [1, 1, 1, 1]
-    with pytest.raises(ConfigError, match="5 stages but the LLM has 4 blocks"):
-        balanced(costs, 4, 5)
-
-
-def test_costs_count_every_parameter_once():
-    model = small_model()
-    costs = sample_costs(MiniGPT4QwenConfig(**tower_settings()), small_llm().config, tokens=10, supervised=3)
-    blocks = small_llm().config.num_hidden_layers
-    outside = {"ln_vision", "query_tokens"}  # and the projection's bias: too small to matter
-    counted = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] not in outside and n != "llm_proj.bias")
-    assert costs.front_parameters + blocks * costs.block_parameters + costs.back_parameters == counted

@@ -1,0 +1,56 @@
+"""How much of the time the stages of a pipeline work, against the ideal m / (m + p - 1): python benchmarks/pipeline_efficiency.py [--micro-batches 8 32]
+
+Two processes of one thread each train the projection of a random LLM, first data-parallel, where each does whole micro-batches and nothing waits, which gives
+the work of one; then as a pipeline of p = 2 stages. Efficiency is m / p times that work over the time of the pipeline's step. Medians of the steps of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from plan_memory import ROOT, SIZES, write_recipe
+
+STAGES = 2
+SIZES["bench"] = (640, 1728, 12, 512)
+
+
+def step_seconds(recipe: Path, *options: str) -> float:
+    """Median time of an optimiser step, the first one left out."""
+    before = set(recipe.parent.glob("output/*"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAVIS_CACHE": str(recipe.parent / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={STAGES}", str(ROOT / "train.py"), "--cfg-path", str(recipe)]
+    done = subprocess.run([*command, "--options", "run.cache_features=true", *options], cwd=recipe.parent, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    (run,) = set(recipe.parent.glob("output/*")) - before
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(row["compute_seconds"] + row["comm_seconds"] for row in rows if row["kind"] == "train" and row["step"] > 1)
+
+
+def main() -> None:
+    """Print one line for each number of micro-batches."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[8, 32])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        torch.manual_seed(0)
+        recipe = write_recipe(Path(name), "bench")
+        for m in args.micro_batches:
+            steps = ["run.max_steps=5", "run.warmup_steps=0"]
+            work = step_seconds(recipe, *steps, f"run.accum_grad_iters={m}") / m
+            pipeline = step_seconds(recipe, *steps, f"run.accum_grad_iters={m}", "run.runner=pipeline_runner", f"run.num_stages={STAGES}")
+            ideal = m / (m + STAGES - 1)
+            reached = m * work / STAGES / pipeline
+            print(f"m = {m}: a micro-batch is {work:.2f} s of work, a step of the pipeline {pipeline:.2f} s: efficiency {reached:.3f}, ideal {ideal:.3f}, ratio {reached / ideal:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
