@@ -1,12 +1,13 @@
 # make install   .venv with everything that training, chat and the tests need
 # make demo      train one linear layer of the shapes world on this machine and ask the result
 # make test      the tests
+# make test-slow those that take long and differ from others in little
 # make shapes    rebuild the small models shipped with the package
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test shapes
+.PHONY: install demo test test-slow shapes
 
 install: $(STAMP)
 
@@ -19,6 +20,9 @@ $(VENV)/bin/python:
 
 demo: install
 	$(VENV)/bin/lavis demo
+
+test-slow: install
+	$(VENV)/bin/python -m pytest -q -m slow
 
 test: install
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder

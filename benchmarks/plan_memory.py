@@ -1,7 +1,8 @@
 """Expected against measured peak memory and time of real training runs on the CPU: python benchmarks/plan_memory.py [--sizes small medium large]
 
-A random LLM of each size is written to a temporary folder and its projection trained for two steps through the real commands: on one rank, on one
+A random LLM of each size is written to a temporary folder and its projection trained for a step through the real commands: on one rank, on one
 rank with recomputation, over a pipeline of two and with ZeRO-2 and 3 on two ranks. What is measured is the largest resident memory of each rank's process.
+glibc's malloc is told to give memory back at once (MALLOC_MMAP_THRESHOLD_), so that this is what the process needs; --malloc default leaves it as it is.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def write_recipe(folder: Path, size: str) -> Path:
         "model": {"arch": "minigpt4qwen", "model_type": "shapes", "llm_model": str(folder / "llm")},
         "datasets": {"shapes_instruction": {"generate": {"train": 300, "val": 10, "test": 10, "text_train": 60, "text_val": 10}}},
         "run": {
-            "task": "image_text_pretrain", "packing": True, "pack_length": tokens, "batch_size_train": 1, "accum_grad_iters": 4, "max_steps": 2, "num_workers": 0,
+            "task": "image_text_pretrain", "packing": True, "pack_length": tokens, "batch_size_train": 1, "accum_grad_iters": 2, "max_steps": 1, "num_workers": 0,
             "log_freq": 1, "save_freq": 99, "trackers": [], "num_sample_prompts": 0, "output_dir": str(folder / "output"),
         },
     }  # fmt: skip
@@ -73,12 +74,13 @@ def write_recipe(folder: Path, size: str) -> Path:
     return path
 
 
-def measure(recipe: Path, layout: Layout, options: list[str]) -> tuple[dict[int, int], float]:
+def measure(recipe: Path, layout: Layout, options: list[str], malloc: str) -> tuple[dict[int, int], float]:
     """(peak of each rank in bytes, seconds of the last step)."""
     launcher = [sys.executable] if layout.ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={layout.ranks}"]
     child = recipe.parent / "child.py"
     child.write_text(CHILD)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAVIS_CACHE": str(recipe.parent / "cache"), "OMP_NUM_THREADS": "2" if layout.ranks == 1 else "1"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "262144"} if malloc == "exact" else {}
     done = subprocess.run(
         [*launcher, str(child), "--cfg-path", str(recipe), "--options", *options], cwd=recipe.parent, env=environment, capture_output=True, text=True
     )
@@ -93,6 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--malloc", default="exact", choices=["exact", "default"])
     args = parser.parse_args()
     worst, machine = 0.0, Machine.this(torch.device("cpu"))  # before this process holds anything
     for size in args.sizes:
@@ -103,7 +106,7 @@ def main() -> int:
                 layout, recompute, options = LAYOUTS[kind]
                 options = [*options, f"model.llm_grad_checkpoint={str(recompute).lower()}"]
                 plan = Planner(load_recipe(recipe, options), machine, ranks=layout.ranks, images=row_images(recipe)).plan(layout)
-                peaks, seconds = measure(recipe, layout, options)
+                peaks, seconds = measure(recipe, layout, options, args.malloc)
                 for rank, peak in sorted(peaks.items()):
                     expected = plan.memory[rank // layout.replicas].total
                     worst = max(worst, abs(expected / peak - 1))

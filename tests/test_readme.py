@@ -24,7 +24,8 @@ def test_both_languages_give_the_same_commands():
     assert [line.strip() for line in blocks[0]] == [line.strip() for line in blocks[1]] and len(blocks[0]) >= 8
 
 
-@pytest.mark.parametrize("line", ORDER)
+# `data show` draws the whole world first
+@pytest.mark.parametrize("line", [pytest.param(line, marks=[pytest.mark.slow] if "data show" in line else []) for line in ORDER])
 def test_command_runs(line, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "readme"
     folder.mkdir(exist_ok=True)

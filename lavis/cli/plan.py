@@ -88,7 +88,9 @@ def _report(args: argparse.Namespace, planner: Planner, plans: list[Plan], best:
         if best.batch.rows > 1 and not planner.run.packing:
             total = best.batch.rows * best.batch.tokens
             lines.append(f"  Samples of unlike lengths: run.packing=true run.pack_length={total} run.batch_size_train=1 takes as much memory and pads less.")
-    if machine.device == "cuda":
+    if machine.device == "cpu":
+        lines.append("Memory is what the tensors and the process need; glibc's malloc can hold half as much again of what was freed.")
+    else:
         lines.append("Times assume half of a card's published arithmetic." if machine.flops else "Times are given for a known card: --gpu NAME.")
     return lines
 

@@ -133,11 +133,12 @@ class Footprints:
             changes["vit"] = replace(self._config.vit, depth=vit_depth)
         # which stage it is shows in nothing but whether it is the first or the last
         part = Part(0 if first else 1, (1 if first else 2) + (not last), 0, blocks)
-        stage = _build(replace(self._config, **changes), self._llm_config, part, self._precision)
-        with FakeTensorMode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what autocast has to say of this machine's processor
-            _place(stage)
-            return _run(stage, self.batch, self._precision)
+        with torch.random.fork_rng(devices=[]):  # a run that is planned goes on as if it were not
+            stage = _build(replace(self._config, **changes), self._llm_config, part, self._precision)
+            with FakeTensorMode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what autocast has to say of this machine's processor
+                _place(stage)
+                return _run(stage, self.batch, self._precision)
 
 
 def _build(config: MiniGPT4QwenConfig, llm_config: PreTrainedConfig, part: Part, precision: Precision) -> Stage:

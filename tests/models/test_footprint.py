@@ -113,3 +113,11 @@ def test_quantised_blocks_take_fewer_bytes():
         for kind in (None, "int8", "int4")
     }
     assert sizes["int4"] < sizes["int8"] < sizes[None]
+
+
+def test_planning_leaves_the_random_numbers_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    Footprints(settings(), LLM, BATCH, Precision()).stage(DEPTH)
+    assert torch.equal(torch.rand(3), expected)

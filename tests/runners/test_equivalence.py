@@ -37,10 +37,34 @@ def single(cache, tmp_path_factory):
     return train(cache, tmp_path_factory.mktemp("single"), "run.batch_size_train=8", *MIXED, *SAVED)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = {"ZeRO-1", "data-parallel with accumulation"}
+"""Like another one that is always run."""
+
+
+def some(names, slow):
+    """The names as parameters, those of `slow` marked as such."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
+
+
+@pytest.mark.parametrize("layout", some(LAYOUTS, SLOW))
 def test_any_layout_equals_a_single_process(cache, tmp_path, single, layout):
     ranks, options = LAYOUTS[layout]
     assert_same_training(single, train(cache, tmp_path, *options, *MIXED, *SAVED, ranks=ranks))
+
+
+PACKED = ["run.packing=true", "run.pack_length=256"]
+PACKED_LAYOUTS = [name for name in LAYOUTS if name.startswith(("accumulation", "data-parallel", "ZeRO", "pipeline of", "two"))]
+
+
+@pytest.fixture(scope="module")
+def single_packed(cache, tmp_path_factory):
+    return train(cache, tmp_path_factory.mktemp("packed"), "run.batch_size_train=8", *PACKED, *MIXED, *SAVED)
+
+
+@pytest.mark.parametrize("layout", some(PACKED_LAYOUTS, set(PACKED_LAYOUTS) - {"ZeRO-3", "pipeline of 2"}))
+def test_any_layout_equals_a_single_process_with_packed_rows(cache, tmp_path, single_packed, layout):
+    ranks, options = LAYOUTS[layout]
+    assert_same_training(single_packed, train(cache, tmp_path, *options, *PACKED, *MIXED, *SAVED, ranks=ranks))
 
 
 def assert_same_training(expected, run):
