@@ -44,7 +44,10 @@ def hosts():
             ip("netns", "del", name)
 
 
-@pytest.mark.parametrize("options", [[], ["run.runner=pipeline_runner", "run.num_stages=2"]], ids=["data-parallel", "pipeline"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param([], id="data-parallel"), pytest.param(["run.runner=pipeline_runner", "run.num_stages=2"], id="pipeline", marks=pytest.mark.slow)],
+)
 @pytest.mark.usefixtures("deepspeed_operators")
 def test_two_hosts_train_as_one_with_two_ranks(cache, tmp_path, hosts, options):
     expected = train(cache, tmp_path / "one", *options, ranks=2, run=SETTINGS)
