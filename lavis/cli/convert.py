@@ -7,6 +7,7 @@ from pathlib import Path
 
 DEEPSPEED = {
     "deepspeed2pth": "model of a ZeRO checkpoint, to model.pth",
+    "pipeline": "what a pipeline trained: projection, LoRA adapters or LLM (of the original's: --llm for the last)",
     "pipe_proj2pth": "projection of a pipeline checkpoint, to model.pth",
     "pipemodel2pth": "projection and LLM of a pipeline checkpoint, to unfreeze_llm_model.pth",
 }
@@ -18,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in DEEPSPEED.items():
         conversion = conversions.add_parser(name, help=text, description=text)
         conversion.add_argument("--ckpt_dir", "--ckpt-dir", type=Path, required=True, help="folder of one step or epoch of the original, or a run or checkpoint of lavis; the result is written into it")
+        if name == "pipeline":
+            conversion.add_argument("--llm", action="store_true", help="the LLM as well, of a checkpoint of the original, which holds it also if it was frozen")
     text = "a first-generation Qwen folder, to a Qwen2 folder that transformers opens by itself (lavis itself needs no conversion)"
     qwen1 = conversions.add_parser("qwen1", help=text, description=text)
     qwen1.add_argument("source", type=Path, help="folder with config.json, weights and qwen.tiktoken")
@@ -42,10 +45,17 @@ def _convert(args: argparse.Namespace) -> list[Path]:
 
         return convert_qwen1(resolve(args.source), args.target.absolute(), args.max_shard_size)
     from lavis.converters import deepspeed
-    from lavis.converters.trained import export_pth, open_run
+    from lavis.converters.trained import export_peft, export_pth, open_run
     from lavis.runners.checkpoint import MARKER
 
     if (args.ckpt_dir / MARKER).exists() or (args.ckpt_dir / "checkpoints").is_dir():  # our own, the same for every runner
-        file = deepspeed.LLM_FILE if args.conversion == "pipemodel2pth" else deepspeed.MODEL_FILE
-        return [export_pth(open_run(args.ckpt_dir), args.ckpt_dir / file)]
-    return [getattr(deepspeed, args.conversion)(args.ckpt_dir)]
+        trained = open_run(args.ckpt_dir)
+        names = trained.checkpoint.tensors()
+        if args.conversion == "pipeline" and any(".lora_" in name for name in names):
+            return export_peft(trained, args.ckpt_dir / "adapters")
+        with_llm = args.conversion == "pipemodel2pth" or (args.conversion == "pipeline" and any(name.startswith("llm_model.") for name in names))
+        return [export_pth(trained, args.ckpt_dir / (deepspeed.LLM_FILE if with_llm else deepspeed.MODEL_FILE))]
+    conversion = args.conversion
+    if conversion == "pipeline":
+        conversion = "pipemodel2pth" if args.llm else "pipe_proj2pth"
+    return [getattr(deepspeed, conversion)(args.ckpt_dir)]

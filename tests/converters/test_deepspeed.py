@@ -234,3 +234,22 @@ def test_the_commands_of_the_original_work(tmp_path, script, capsys):
     assert main(["convert", script, "--ckpt-dir", str(tmp_path)]) == 0 and written.is_file()
     assert main(["convert", script, "--ckpt-dir", str(tmp_path / "none")]) == 1
     assert "model_states.pt" in capsys.readouterr().err
+
+
+def test_convert_pipeline_gives_what_was_trained(tmp_path):
+    for name in ("theirs", "projection", "lora", "llm"):
+        (tmp_path / name).mkdir()
+    theirs = write_pipeline(tmp_path / "theirs", pipeline_layers())
+    runs = {
+        "projection": random_run(tmp_path / "projection"),
+        "lora": random_run(tmp_path / "lora", get_lora=True),
+        "llm": random_run(tmp_path / "llm", freeze_llm=False),
+    }
+    for run in runs.values():
+        assert main(["convert", "pipeline", "--ckpt_dir", str(run)]) == 0
+    assert main(["convert", "pipeline", "--ckpt_dir", str(theirs)]) == 0
+    assert main(["convert", "pipeline", "--llm", "--ckpt_dir", str(theirs)]) == 0
+    assert (theirs / "model.pth").is_file() and (theirs / "unfreeze_llm_model.pth").is_file()
+    assert (runs["projection"] / "model.pth").is_file()
+    assert (runs["lora"] / "adapters/adapter_model.safetensors").is_file()
+    assert any(name.startswith("llm_model.") for name in torch.load(runs["llm"] / "unfreeze_llm_model.pth", weights_only=True)["model"])

@@ -21,6 +21,8 @@ LAYOUTS |= {
     for stage in range(4)
 }
 LAYOUTS["ZeRO-3"][1].append(f"{ZERO}.stage3_param_persistence_threshold=1")  # else so small a model would be whole on each rank
+LAYOUTS["ZeRO-2, state on the CPU"] = (2, [*LAYOUTS["ZeRO-2"][1], f"{ZERO}.offload_optimizer={{device: cpu}}"])
+LAYOUTS["ZeRO-3, all on the CPU"] = (2, [*LAYOUTS["ZeRO-3"][1], f"{ZERO}.offload_optimizer={{device: cpu}}", f"{ZERO}.offload_param={{device: cpu}}"])
 PIPELINE = ["run.batch_size_train=2", "run.runner=pipeline_runner"]
 LAYOUTS |= {
     "pipeline of 2": (2, [*PIPELINE, "run.num_stages=2", "run.accum_grad_iters=4"]),
@@ -37,7 +39,7 @@ def single(cache, tmp_path_factory):
     return train(cache, tmp_path_factory.mktemp("single"), "run.batch_size_train=8", *MIXED, *SAVED)
 
 
-SLOW = {"ZeRO-1", "data-parallel with accumulation"}
+SLOW = {"ZeRO-1", "data-parallel with accumulation", "ZeRO-2, state on the CPU", "ZeRO-3, all on the CPU"}
 """Like another one that is always run."""
 
 
