@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="file, or the name of a shipped recipe")
     parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks (default 1)")
-    parser.add_argument("--gpu", metavar="NAME", help="card to plan for: 3090, 4090, a6000, l40s, a100-40, a100, h100, h200 (default: what this machine has)")
+    parser.add_argument("--gpu", metavar="NAME", help="card to plan for, such as 3090, 4090, a100 or h100 (default: what this machine has)")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of each card: 24GiB, 22GB")
     parser.add_argument("--tokens", type=int, metavar="N", help="longest row (default: model.max_txt_len, or run.pack_length)")
     parser.add_argument("--images", type=int, metavar="N", help="images of a row (default 1, or as many as fit into a packed one)")
@@ -123,7 +124,7 @@ def _command(args: argparse.Namespace, plan: Plan) -> str:
     options.append(f"model.llm_grad_checkpoint={str(plan.recompute).lower()}")
     options += [f"run.deepspeed_config.zero_optimization.stage={layout.zero}"] if layout.zero else []
     launcher = f"python -m torch.distributed.run --nproc_per_node={layout.ranks}" if layout.ranks > 1 else "python"
-    return f"{launcher} {script} --cfg-path {args.recipe}{flags} --options {' '.join(options)}"
+    return f"{launcher} {script} --cfg-path {args.recipe}{flags} --options {shlex.join(options)}"
 
 
 def _as_dict(plan: Plan, machine: Machine) -> dict[str, Any]:
