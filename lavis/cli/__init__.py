@@ -24,6 +24,9 @@ COMMANDS = {
     "data": "prepare and inspect datasets",
     "convert": "turn checkpoints of the original and first-generation Qwen folders into files that other tools read",
     "export": "write what a run trained for transformers, peft or the original",
+    "chat": "talk with a trained model in the terminal",
+    "web": "talk with a trained model in the browser",
+    "serve": "answer requests of OpenAI's chat API",
     "demo": "train one linear layer of the shapes world and ask the result about held-out pictures",
     "shapes": "rebuild the small frozen models of the shapes world",
 }

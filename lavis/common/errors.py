@@ -43,6 +43,14 @@ class TrainingError(LavisError):
     """Training can't go on: a non-finite loss or gradient, too many bad images, a lost rank."""
 
 
+class ChatError(LavisError):
+    """A question can't be answered: a wrong setting, too long a conversation, an image that can't be read."""
+
+
+class BusyError(ChatError):
+    """More questions wait than are taken."""
+
+
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """A hint naming the entries of `known` nearest to `name`, ready to append to a message; `""` when none is near."""
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)

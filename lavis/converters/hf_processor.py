@@ -43,6 +43,7 @@ _FLATTEN = """\
 {{%- endfor -%}}
 {{%- set messages = flat.messages %}}
 """
+_LAST_LINE = "{%- set messages = flat.messages %}\n"
 _ADD_SYSTEM = """\
 {{%- if messages[0]['role'] != 'system' -%}}
   {{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}
@@ -89,6 +90,14 @@ def write_processor(folder: Path, tokenizer: PreTrainedTokenizerFast, template: 
             break
     processor.save_pretrained(folder)
     return differences
+
+
+def exported_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that `write_processor` wrote to `folder`, with the chat template it had before."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.chat_template.rpartition(_LAST_LINE)[2]
+    return tokenizer
 
 
 def chat_template(template: ChatTemplate, image_token: str, boundary: str) -> str:

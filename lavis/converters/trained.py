@@ -57,15 +57,21 @@ def open_run(where: str | Path) -> Trained:
 
     Raises CheckpointError when there is none, or none of a model with an LLM that sees.
     """
+    trained = open_any_run(where)
+    if not isinstance(trained.recipe.model, MiniGPT4QwenConfig):
+        raise CheckpointError(
+            f"{trained.checkpoint.path} is of a {trained.recipe.model.arch}: only minigpt4qwen is exported. "
+            "Other models are written by run.export at the end of a run."
+        )
+    return trained
+
+
+def open_any_run(where: str | Path) -> Trained:
+    """As `open_run`, of whatever model."""
     where = Path(where).absolute()
     checkpoint = best_checkpoint(complete_checkpoints(where / "checkpoints")) or find_checkpoint(where)
     file = checkpoint.path / "config.yaml"
-    recipe = recipe_from_dict(yaml.safe_load(file.read_text(encoding="utf-8")), file)
-    if not isinstance(recipe.model, MiniGPT4QwenConfig):
-        raise CheckpointError(
-            f"{checkpoint.path} is of a {recipe.model.arch}: only minigpt4qwen is exported. Other models are written by run.export at the end of a run."
-        )
-    return Trained(checkpoint, recipe)
+    return Trained(checkpoint, recipe_from_dict(yaml.safe_load(file.read_text(encoding="utf-8")), file))
 
 
 def export_pth(trained: Trained, target: Path) -> Path:

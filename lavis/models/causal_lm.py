@@ -46,7 +46,12 @@ class CausalLM(nn.Module):
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D]."""
-        return self.llm_model.get_input_embeddings()(batch.input_ids)
+        return self.embed_parts(batch.input_ids, None)
+
+    def embed_parts(self, input_ids: torch.Tensor, images: None) -> torch.Tensor:
+        """As MiniGPT4Qwen's; there are no images."""
+        table = self.llm_model.get_input_embeddings()
+        return table(input_ids.to(table.weight.device))
 
     def forward(self, batch: Batch) -> LossOutput:
         """Loss over the batch's supervised tokens."""

@@ -43,17 +43,23 @@ def frozen_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def load_llm(
-    name: str, dtype: torch.dtype | Literal["auto"] = torch.float32, *, device_map: str | None = None, quantization: str | None = None
+    name: str,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    *,
+    device_map: str | dict[str, int | str] | None = None,
+    max_memory: dict[int | str, int] | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """The causal LM in the folder or GGUF file `name` (relative paths: see lavis.common.paths.resolve) or of that name on the hub.
 
-    dtype: of the weights that are not quantised. device_map: transformers' (`auto` spreads the layers over the devices that are there).
+    dtype: of the weights that are not quantised. device_map: transformers' (`auto` spreads the layers over the devices that are there,
+    each filled up to max_memory bytes).
     quantization: int8 or int4 (bitsandbytes). Raises CheckpointError when there is no such LLM.
     """
     folder = resolve(name)
     source = {"pretrained_model_name_or_path": str(folder if folder.exists() else name)}
     source = gguf_arguments(name) if is_gguf(name) else source
-    settings = {"dtype": dtype, "device_map": device_map, "quantization_config": _quantization(quantization, dtype)}
+    settings = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory, "quantization_config": _quantization(quantization, dtype)}
     options = {key: value for key, value in settings.items() if value is not None}
     if is_qwen1(folder):
         return load_qwen1(folder, **options)
@@ -65,6 +71,22 @@ def load_llm(
             "Put the model's folder there, or set model.llm_model to its path or hub name. It must be an architecture that transformers has "
             "built in, or first-generation Qwen, which is read from a folder (not by its hub name)."
         ) from error
+
+
+def free_memory(reserved: int) -> dict[int | str, int]:
+    """Device to bytes free there, with `reserved` bytes of the first GPU kept for other parts. The host is the last resort."""
+    from accelerate.utils import get_max_memory
+
+    free = get_max_memory()
+    return {device: max(0, room - reserved) if device == 0 else room for device, room in free.items()}
+
+
+def spread(llm: PreTrainedModel, max_memory: dict[int | str, int]) -> None:
+    """Put the layers of a loaded `llm` on the devices of `max_memory`, each filled up to its bytes, and have their inputs follow them."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    device_map = infer_auto_device_map(llm, max_memory, no_split_module_classes=list(llm._no_split_modules or []))
+    dispatch_model(llm, device_map)
 
 
 def _quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,10 @@ from lavis.datasets.assemble import load_tokenizer
 from lavis.datasets.template import image_token_id
 from lavis.datasets.types import Batch
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.llm import DTYPES, add_lora, check_context, frozen_dtype, generate, load_llm, recompute_activations, supervised_loss
+from lavis.models.llm import DTYPES, add_lora, check_context, free_memory, frozen_dtype, generate, load_llm, recompute_activations, spread, supervised_loss
 from lavis.models.output import LossOutput
 from lavis.models.pretrained import load_model, save_model
-from lavis.models.vision import Blip2Base
+from lavis.models.vision import Blip2Base, tower_bytes
 from lavis.models.weights import load_configured
 
 
@@ -59,7 +60,8 @@ class MiniGPT4Qwen(Blip2Base):
         """
         tokenizer = tokenizer or load_tokenizer(config)
         dtype = llm_dtype or (frozen_dtype(device) if config.freeze_llm else torch.float32)
-        llm = load_llm(config.llm_model, dtype, device_map=config.llm_device_map, quantization=config.llm_quantization)
+        free = free_memory(tower_bytes(config, DTYPES[config.vit_precision])) if config.llm_device_map == "auto" else None
+        llm = load_llm(config.llm_model, dtype, device_map=config.llm_device_map, max_memory=free, quantization=config.llm_quantization)
         check_context(llm, config.max_txt_len)
         model = cls(config, llm, image_token_id(tokenizer), on_meta=bool(config.load_pretrained and config.pretrained))
         load_configured(model, config, model.add_adapters)
@@ -68,12 +70,12 @@ class MiniGPT4Qwen(Blip2Base):
         return model
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> MiniGPT4Qwen:
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu", llm_dtype: torch.dtype | None = None) -> MiniGPT4Qwen:
         """The model that `save_pretrained` or `lavis export hf` wrote, in eval mode, in the precision that suits `device` (it stays on the CPU).
 
-        Raises CheckpointError when the folder holds something else, or not all of it.
+        llm_dtype: another type of a frozen LLM's weights. Raises CheckpointError when the folder holds something else, or not all of it.
         """
-        model = load_model(cls, folder, frozen_dtype(device))
+        model = load_model(cls, folder, llm_dtype or frozen_dtype(device))
         if torch.device(device).type == "cuda" and model.tower_frozen:
             model.cast_frozen_vit(DTYPES[model.config.vit_precision])
         return model
@@ -96,6 +98,12 @@ class MiniGPT4Qwen(Blip2Base):
         self.llm_trained |= "llm" in config.lora_parts
         self.vit_trained |= "vit" in config.lora_parts
         self.qformer_trained |= "qformer" in config.lora_parts
+
+    def place_llm(self, llm_device_map: str) -> None:
+        """Leave the LLM on the CPU (`cpu`), or spread it over the devices that are there (`auto`); `.to(device)` moves the other parts alone from now on."""
+        self.config = replace(self.config, llm_device_map=llm_device_map)
+        if llm_device_map == "auto":
+            spread(self.llm_model, free_memory(tower_bytes(self.config, DTYPES[self.config.vit_precision])))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MiniGPT4Qwen:
         """What `.to(device)` does, but an LLM that `llm_device_map` has placed stays where it is."""

@@ -11,6 +11,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from lavis.models.configs import VisionConfig
 
+
 def build_vit(config: VisionConfig) -> Eva:
     """timm's EVA ViT with `config`'s dimensions: [N, 3, S, S] -> forward_features -> [N, 1 + (S/P)^2, D], no final norm, no head."""
     dimensions = config.vit_dimensions()
@@ -120,3 +121,10 @@ class Blip2Base(nn.Module):
             tokens = self.image_tokens(pixel_values)
             queries = self.query_tokens.expand(tokens.shape[0], -1, -1)
             return self.Qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
+
+
+def tower_bytes(config: VisionConfig, vit_dtype: torch.dtype) -> int:
+    """Memory of the frozen tower's weights on a GPU, its ViT in `vit_dtype`, and 1 GiB for what it computes."""
+    tower = Blip2Base(config, on_meta=True)
+    tower.cast_frozen_vit(vit_dtype)
+    return sum(p.nbytes for p in tower.parameters()) + (1 << 30)
