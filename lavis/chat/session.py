@@ -60,8 +60,10 @@ class Reply:
             self._stream.finish()
             raise
         finally:
-            if self.text:
+            if self.text or self.answer.finish_reason in ("stop", "length"):
                 self._session.history.append(Turn(self._question, self.text, self._pictures))
+            else:  # nothing came: the pictures wait for the next question
+                self._session.waiting[:0] = self._pictures
 
 
 @dataclass

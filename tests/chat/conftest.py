@@ -1,0 +1,41 @@
+"""The shapes model that is included, its engine, and pictures of the shapes world drawn for a test."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+
+from lavis.chat.engine import Engine
+from lavis.chat.load import load_chat
+from lavis.chat.pictures import read_picture
+from lavis.datasets.shapes.scene import render, sample_scene
+
+
+@pytest.fixture(scope="session")
+def chat():
+    return load_chat(model_type="shapes")
+
+
+@pytest.fixture
+def engine(chat):
+    engine = Engine(chat)
+    yield engine
+    engine.close()
+
+
+def png(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def scene_png(seed: int) -> bytes:
+    """A PNG file of the shapes world."""
+    return png(render(sample_scene(f"chat/{seed}")))
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    return [read_picture(scene_png(seed), f"{seed}.png") for seed in range(8)]
