@@ -89,10 +89,10 @@ def row_of(layers: Layers, row: int, length: int) -> Layers:
 
 
 class PrefixStore:
-    """Keys and values of finished rows, by what was read there; the least recently used go when they are more than `max_bytes`."""
+    """Keys and values of finished rows, by what was read there; the least recently used go when they are more than `max_bytes` or `max_rows`."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int, max_rows: int = 128) -> None:
+        self.max_bytes, self.max_rows = max_bytes, max_rows
         self._rows: dict[tuple[Hashable, ...], Layers] = {}
 
     def longest(self, keys: Sequence[Hashable]) -> tuple[int, Layers | None]:
@@ -114,13 +114,13 @@ class PrefixStore:
         for stored in [s for s in self._rows if _common(s, keys) == len(s)]:
             del self._rows[stored]
         self._rows[keys] = layers
-        while self._rows and self.num_bytes > self.max_bytes:
+        while len(self._rows) > self.max_rows or (self._rows and self.num_bytes > self.max_bytes):
             del self._rows[next(iter(self._rows))]
 
     @property
     def num_bytes(self) -> int:
         """Memory of all rows."""
-        return sum(t.untyped_storage().nbytes() for layers in self._rows.values() for pair in layers for t in pair)
+        return sum(t.untyped_storage().nbytes() for layers in list(self._rows.values()) for pair in layers for t in pair)
 
     def __len__(self) -> int:
         return len(self._rows)

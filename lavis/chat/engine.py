@@ -73,7 +73,11 @@ class Answer:
         """Hand a token to the reader; None is the end."""
         if token is not None:
             self.ids.append(token)
-        (self.sink or self._queue.put)(token)
+        try:
+            (self.sink or self._queue.put)(token)
+        except Exception:  # noqa: BLE001 - a reader that has gone is no reason to fail the others
+            log.warning("the reader of an answer failed", exc_info=True)
+            self.cancel()
 
     def fail(self, error: Exception) -> None:
         """End it with an error that the reader gets."""
@@ -139,6 +143,11 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """(answers being decoded, questions that wait)."""
         return len(self._rows), len(self._waiting)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """End all answers and free the thread."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -95,7 +95,12 @@ class ChatModel:
 
     def pixels(self, picture: Picture) -> torch.Tensor:
         """The picture as the tower takes it, [1, 3, S, S]."""
-        return self.processor(picture.image)[None].to(self.device)
+        pixels = self.processor(picture.image) if picture.pixels is None else picture.pixels
+        return pixels[None].to(self.device)
+
+    def compact(self, picture: Picture) -> Picture:
+        """The picture as the model needs it, without the file and the large image."""
+        return replace(picture, image=None, data=b"", pixels=self.processor(picture.image))
 
     def embed(self, ids: Sequence[int], features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Input embeddings [1, n, D] of `ids`; features: [Q, D_qformer] for each picture among them."""

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from lavis.common.errors import ChatError, DataError
@@ -25,12 +26,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture: upright, in RGB. `key` is the SHA-256 of its file, by which what was computed from it is found again."""
+    """A decoded picture: upright, in RGB. `key` is the SHA-256 of its file, by which what was computed from it is found again.
+
+    pixels: float32 [3, S, S], what a model's processor made of it; then `image` and `data`, the file, may have been left out to save memory.
+    """
 
     key: str
-    image: Image.Image = field(repr=False, compare=False)
+    image: Image.Image | None = field(repr=False, compare=False)
     name: str = field(default="", compare=False)
     data: bytes = field(default=b"", repr=False, compare=False)
+    pixels: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
 
 def read_picture(data: bytes, name: str = "the image") -> Picture:
