@@ -147,7 +147,7 @@ def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _ready(name: str, model: Any, tokenizer: Any, processor: ProcessorConfig | EvalImage, device: torch.device) -> ChatModel:
     sees = isinstance(model, MiniGPT4Qwen)
-    if not (sees and model.config.llm_quantization):
+    if sees and model.config.get_lora and not model.config.llm_quantization:
         merge_lora(model)
     model.requires_grad_(False)
     queries = model.config.num_query_token if sees else 0

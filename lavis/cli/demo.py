@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     _show_answers(picked)
     _show_table(results, with_own_llm)
     print(f"\nLook at {folder / 'report.html'} (answers before, during, after), {picture} and {folder / 'loss.png'}.")
+    print(f"Talk with the result: lavis chat --run {shlex.quote(str(folder))}")
     figures = {
         "held_out_accuracy": results["test/test/accuracy"],
         "blind_accuracy": results["blind/test/accuracy"],

@@ -31,12 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build = actions.add_parser("build", help="train tokenizers, LLMs and vision tower into cache/shapes, which then takes precedence")
     build.add_argument("--jobs", type=int, default=2, help="recipes trained side by side, one thread each (the last one, which waits for all others, has as many threads)")
     build.add_argument("--only", nargs="+", choices=list(CHAIN), help="these recipes alone")
-    actions.add_parser("ship", help="copy what was built into lavis/assets, as the parts shipped with the package")
+    ship = actions.add_parser("ship", help="copy what was built into lavis/assets, as the parts shipped with the package")
+    ship.add_argument("--aligned", metavar="RUN", help="a run of shapes/align, whose projection is shipped for chatting")
 
 
 def run(args: argparse.Namespace) -> int:
     """Build or ship; the exit code."""
-    return _ship() if args.action == "ship" else _build(args.jobs, args.only or list(CHAIN))
+    return _ship(args.aligned) if args.action == "ship" else _build(args.jobs, args.only or list(CHAIN))
 
 
 def _build(jobs: int, names: list[str]) -> int:
@@ -79,10 +80,15 @@ def _train(name: str, before: list[Future[None]], logs: Path, threads: int) -> N
     print(f"{name}: done in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def _ship() -> int:
+def _ship(aligned: str | None) -> int:
     from lavis.common.errors import CheckpointError
     from lavis.common.paths import ASSETS_ROOT, cache_root
 
+    if aligned:
+        from lavis.converters.trained import open_run
+
+        file = open_run(aligned).checkpoint.path / "trainable.safetensors"
+        shutil.copyfile(file, ASSETS_ROOT / "shapes/aligned/projection.safetensors")
     for name in SHIPPED:
         source, target = cache_root() / "shapes" / name, ASSETS_ROOT / "shapes" / name
         if not source.is_dir():

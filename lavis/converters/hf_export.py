@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lavis.common.errors import CheckpointError, ConfigError
@@ -80,6 +79,8 @@ def build(trained: Trained, task: Task, precision: Precision = "auto") -> MiniGP
 
 def merge_lora(model: nn.Module) -> None:
     """Add the LoRA adapters of `model` to the weights they belong to, and take them out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
         layer.merge()
         model.set_submodule(name, layer.get_base_layer())

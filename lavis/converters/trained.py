@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lavis.common.config import Recipe, recipe_from_dict
@@ -124,6 +123,8 @@ def export_peft(trained: Trained, folder: Path) -> list[Path]:
             f"{trained.checkpoint.path} holds no LoRA adapters of the LLM (model.get_lora is {str(trained.model.get_lora).lower()}): "
             "use `lavis export hf`, or `lavis export pth` for the projection."
         )
+    from peft import LoraConfig
+
     c = trained.model
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -36,9 +36,11 @@ class TextEncoder:
     def encode_all(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """Each distinct text with its token ids."""
         distinct = list(dict.fromkeys(texts))
-        encodings = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
+        whole = [text.encode("utf-8", "replace").decode() for text in distinct]  # half a surrogate pair, as JSON can spell it, is no character
+        encodings = self._backend.encode_batch_fast(whole, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(distinct, encodings, strict=True)}
-        return {text: i if self._forbidden.isdisjoint(i) else self._encode_broken(text) for text, i in ids.items()}
+        clean = dict(zip(distinct, whole, strict=True))
+        return {text: i if self._forbidden.isdisjoint(i) else self._encode_broken(clean[text]) for text, i in ids.items()}
 
     def _encode_broken(self, text: str) -> list[int]:
         """Encode piecewise, cut behind the first character of whatever became a control token.

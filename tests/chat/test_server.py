@@ -288,6 +288,13 @@ def test_control_tokens_are_text(served):
     assert typed > plain + 15  # read letter by letter, not as three tokens
 
 
+def test_half_a_surrogate_pair_is_read_as_a_question_mark(served):
+    _, client = served
+    for content in (b'{"messages": [{"role": "user", "content": "hi \\ud83d"}]}', b'{"messages": [{"role": "user", "content": "\\udc00\\udc00"}], "stop": "\\ud83d"}'):
+        response = client.post(CHAT, content=content)
+        assert response.status_code in (200, 400), response.text
+
+
 def test_upright_and_in_rgb(served):
     """EXIF orientation, palettes, transparency and 16 bits are what they look like."""
     _, client = served

@@ -24,7 +24,9 @@ def demo(tmp_path_factory):
 
 
 def test_a_linear_layer_makes_the_llm_see(demo):
-    figures = json.loads(demo[0].stdout.splitlines()[-1])
+    *_, how_to_talk, last = demo[0].stdout.splitlines()
+    assert how_to_talk.startswith("Talk with the result: lavis chat --run ")
+    figures = json.loads(last)
     assert figures["held_out_accuracy"] >= 0.85
     assert figures["held_out_accuracy"] >= figures["blind_accuracy"] + 0.35
     assert figures["held_out_accuracy"] >= figures["accuracy_before"] + 0.3

@@ -27,5 +27,5 @@ def test_shipping_what_was_not_built_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setenv("LAVIS_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="lavis shapes build"):
-        shapes._ship()
+        shapes._ship(None)
     assert main(["shapes", "ship"]) == 1

@@ -310,3 +310,8 @@ def test_blind_conversation_has_text_only(tokenizer: PreTrainedTokenizerFast) ->
     sample = ChatTemplate(tokenizer, QUERIES).encode(without_images(talk(PICTURE, "red")))
     text = tokenizer.decode(sample.input_ids)
     assert f"{S}user\nHi" in text and "Img" not in text and sample.images == ()
+
+
+def test_half_a_surrogate_pair_is_read_as_a_question_mark():
+    template = ChatTemplate(small_tokenizer(), QUERIES)
+    assert template.encode_prompt(talk("a \ud83d b")).input_ids == template.encode_prompt(talk("a ? b")).input_ids

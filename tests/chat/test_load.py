@@ -1,0 +1,52 @@
+"""Where a model's parts go, and what is said when none is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavis.chat.load import load_chat
+from lavis.common.errors import ChatError, CheckpointError, ConfigError
+from lavis.converters.trained import export_peft, open_run
+from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.llm import free_memory
+from lavis.models.vision import Blip2Base, tower_bytes
+from tests.converters.exports import random_run
+
+
+def test_nothing_named_is_told():
+    with pytest.raises(ChatError, match="--model-type shapes"):
+        load_chat()
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*none\.pth"):
+        load_chat(checkpoint="none.pth")
+    with pytest.raises(ConfigError, match="Did you mean"):
+        load_chat(model_type="qwen7b")
+
+
+def test_adapters_from_the_run_and_from_its_peft_folder(tmp_path, pictures):
+    run = random_run(tmp_path, get_lora=True, lora_r=4)
+    export_peft(open_run(run), tmp_path / "peft")
+    section = open_run(run).recipe.model
+    options = [f"llm_model={section.llm_model}", f"pretrained={section.pretrained}", "vit_pretrained=null", "image_size=32", "num_query_token=5"]
+    options += [f"vit={vars(section.vit)}".replace("'", "").replace("None", "null"), f"qformer={vars(section.qformer)}".replace("'", "")]
+    of_run, of_peft = load_chat(run=run), load_chat(checkpoint=tmp_path / "peft", model_type="qwen7b_chat", options=options)
+    assert not any(".lora_" in name for name in of_run.model.state_dict())
+    for name, tensor in of_run.model.state_dict().items():
+        assert torch.equal(tensor, of_peft.model.state_dict()[name]), name
+
+
+def test_the_llm_is_kept_on_the_cpu_or_spread(chat):
+    for device_map in ("cpu", "auto"):
+        placed = load_chat(model_type="shapes", llm_device_map=device_map)
+        assert placed.model.config.llm_device_map == device_map
+        moved = placed.model.to(torch.float64)  # stands for another device: the LLM does not follow
+        assert moved.query_tokens.dtype == torch.float64 and moved.llm_model.dtype == torch.float32
+
+
+def test_room_is_kept_for_the_tower_on_the_first_gpu(monkeypatch):
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 24 << 30, 1: 24 << 30, "cpu": 64 << 30})
+    reserved = tower_bytes(MiniGPT4QwenConfig(), torch.float16)
+    assert free_memory(reserved) == {0: (24 << 30) - reserved, 1: 24 << 30, "cpu": 64 << 30}
+    assert free_memory(30 << 30)[0] == 0
+    whole = sum(p.numel() for p in Blip2Base(MiniGPT4QwenConfig(), on_meta=True).parameters())
+    assert 2 * whole < reserved - (1 << 30) < 3 * whole  # the ViT's billion in fp16, the Q-Former in fp32
