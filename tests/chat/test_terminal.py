@@ -114,11 +114,14 @@ def test_ctrl_c_stops_an_answer_and_nothing_reaches_the_terminals_controls(tmp_p
     assert typist.ends() == 0
 
 
-def test_piped_questions(tmp_path):
+def test_piped_questions(tmp_path, engine):
+    session = ChatSession(engine)
+    session.attach(open_picture(TRIANGLES))
+    expected = "".join("".join(session.ask(question)) + "\n" for question in ("What is in the picture?", "图中有什么？"))
     lines = "What is in the picture?\n\n:his\n:conf top_p=7\n：lang zh\n图中有什么？\n:hlp\n:q\nHow many?\n"
     command = [sys.executable, str(ROOT / "cli_demo.py"), "--model-type", "shapes", "--image", TRIANGLES]
     done = subprocess.run(command, input=lines, env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
-    assert done.stdout == "Two red triangles on the left.\n左边有两个红色的三角形。\n"
+    assert done.stdout == expected == "Two red triangles on the left.\n左边有两个红色的三角形。\n"
     assert done.returncode == 1
     assert "top_p=7.0: give 0.01 to 1" in done.stderr and "没有 :hlp" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "lavis").exists()
