@@ -43,7 +43,8 @@ import lavis.runners.runner_base as base
 status = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 steps = base.RunnerBase._log_step
 def log_step(self, *a):
-    print("MEASURED", self.world.rank, status("VmHWM"), a[-1], flush=True)
+    sys.stdout.write(f"MEASURED {self.world.rank} {status('VmHWM')} {a[-1]}\\n")  # at once, as ranks share the stream
+    sys.stdout.flush()
     return steps(self, *a)
 base.RunnerBase._log_step = log_step
 from lavis.cli import main
@@ -85,7 +86,7 @@ def measure(recipe: Path, layout: Layout, options: list[str], malloc: str) -> tu
         [*launcher, str(child), "--cfg-path", str(recipe), "--options", *options], cwd=recipe.parent, env=environment, capture_output=True, text=True
     )
     rows = re.findall(r"MEASURED (\d+) (\d+) ([\d.]+)", done.stdout)
-    if done.returncode or not rows:
+    if done.returncode or len(rows) < layout.ranks:
         raise SystemExit(done.stderr[-3000:])
     return {int(rank): int(peak) for rank, peak, _ in rows}, float(rows[-1][2])
 

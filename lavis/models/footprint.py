@@ -69,7 +69,7 @@ class Precision:
 class Footprint:
     """A stage: its parameters (elements, bytes) and what one micro-batch does there (bytes, FLOPs), gradients of parameters left out.
 
-    held: alive between forward and backward. The peaks are of what is alive of this micro-batch: while images are encoded and
+    largest_bytes: of the largest parameter. held: alive between forward and backward. The peaks are of what is alive of this micro-batch: while images are encoded and
     embedded, while the blocks run forward, and in the head and the backward pass.
     """
 
@@ -77,6 +77,7 @@ class Footprint:
     trained: float
     largest_trained: float
     weight_bytes: float
+    largest_bytes: float
     held: float
     front_peak: float
     blocks_peak: float
@@ -201,6 +202,7 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
         trained=sum(trained),
         largest_trained=max(trained, default=0),
         weight_bytes=sum(p.nbytes for p in own),
+        largest_bytes=max(p.nbytes for p in own),
         held=held,
         front_peak=front_peak,
         blocks_peak=blocks_peak,

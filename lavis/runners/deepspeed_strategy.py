@@ -10,8 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.zero.linear
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 from torch import nn
@@ -31,6 +33,8 @@ _SLOTS = ("exp_avg", "exp_avg_sq")
 """AdamW's tensors of a parameter's shape; `step` is beside them."""
 _PERSISTENT = 100_000
 """ZeRO-3 keeps parameters of at most this many elements whole on every rank, if the recipe does not say otherwise."""
+_BUCKET = 500_000_000
+"""Gradients of at most this many elements are summed over ranks at a time, likewise."""
 
 
 def zero_stage(run: RunConfig) -> int:
@@ -38,10 +42,11 @@ def zero_stage(run: RunConfig) -> int:
     return int((run.deepspeed_config.get("zero_optimization") or {}).get("stage", 0))
 
 
-def engine_config(run: RunConfig, dtype: torch.dtype | None, accumulation: int, kept_whole: int = 0) -> dict[str, Any]:
+def engine_config(run: RunConfig, dtype: torch.dtype | None, accumulation: int, kept_whole: int = 0, trained: int = 0) -> dict[str, Any]:
     """What DeepSpeed is given: the recipe's section, with what the recipe says elsewhere filled in.
 
-    `kept_whole`: elements of the largest parameter that must be whole on every rank under ZeRO-3.
+    `kept_whole`: elements of the largest parameter that must be whole on every rank under ZeRO-3. `trained`: elements that are trained, which need no larger
+    buffer (by default DeepSpeed takes 2 GB whatever there is to sum).
 
     Mixed precision is torch's, as everywhere here: trained weights stay fp32, and their gradients are summed in fp32.
     """
@@ -61,7 +66,19 @@ def engine_config(run: RunConfig, dtype: torch.dtype | None, accumulation: int, 
     if zero.get("stage") == 3:
         key = "stage3_param_persistence_threshold"
         zero[key] = max(zero.get(key, _PERSISTENT), kept_whole)
+    if zero and trained:
+        zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", _BUCKET)), trained)
     return config | ({"zero_optimization": zero} if zero else {})
+
+
+class Linear(LinearFunctionForZeroStage3):
+    """ZeRO-3's linear layer, which keeps no weight for the backward pass; this one keeps no input either where the weight is frozen."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """See torch.autograd.Function."""
+        x, *others = inputs
+        LinearFunctionForZeroStage3.setup_context(ctx, (x if ctx.needs_input_grad[1] else x.new_empty(0), *others), output)
 
 
 class DeepSpeedStrategy(Strategy):
@@ -79,12 +96,14 @@ class DeepSpeedStrategy(Strategy):
         towers = [m for m in (model, getattr(model, "visual_encoder", None)) if m is not None]
         self.unhooked = [p for m in towers for p in m.parameters(recurse=False)]  # used without a forward, or a backward, that DeepSpeed sees
         kept_whole = max((p.numel() for p in self.unhooked), default=0)
-        config = engine_config(run, self.dtype(), accumulation, kept_whole)
+        trained = sum(p.numel() for p in trainable_parameters(model).values())
+        config = engine_config(run, self.dtype(), accumulation, kept_whole, trained)
         try:
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config, dist_init_required=False)
         except (ValueError, TypeError, AssertionError, KeyError, deepspeed.runtime.zero.utils.ZeRORuntimeException) as error:
             raise ConfigError(f"DeepSpeed does not accept run.deepspeed_config: {error}") from error
         if self.stage == 3:
+            deepspeed.runtime.zero.linear.LinearFunctionForZeroStage3 = Linear
             for module, parameter in model.borrowed_parameters() if hasattr(model, "borrowed_parameters") else ():
                 deepspeed.zero.register_external_parameter(module, parameter)
             for buffer in model.buffers():

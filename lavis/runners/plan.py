@@ -44,8 +44,6 @@ CUDA_BYTES = 0.8 * 2**30
 """What a CUDA process takes beside its tensors: context, cuBLAS, NCCL, and what the allocator can't use; an assumption."""
 FREE_SHARE = 0.03
 """Share of the memory that a plan leaves unused."""
-_LIVE_ELEMENTS = 1_000_000_000
-"""Parameters that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)."""
 _MOST_TOKENS = 8192
 """Micro-batches beyond this many tokens make nothing faster."""
 
@@ -250,7 +248,8 @@ class Planner:
         elif layout.replicas > 1:
             extra = min(trained, BUCKET_BYTES + 4 * f.largest_trained) if layout.stages == 1 else trained
         if layout.zero == 3:
-            weights = f.weight_bytes * (1 / ranks + min(1, _LIVE_ELEMENTS / f.parameters) * (1 - 1 / ranks))
+            fetched, buffer = _fetched(self.run, f)
+            weights, extra = f.weight_bytes / ranks + fetched, extra + buffer
         held = f.held * in_flight
         work = max(f.peak - f.held, update - held, 0.0) + extra
         if micro_batches == 1 and layout.stages == 1:  # gradients appear as activations go
@@ -314,6 +313,18 @@ def _bucket(run: RunConfig, elements: float) -> float:
     zero = run.deepspeed_config.get("zero_optimization") or {}
     size = min(float(zero.get("reduce_bucket_size", 5e8)), elements)
     return 4 * size * (2 if zero.get("overlap_comm") else 1)
+
+
+def _fetched(run: RunConfig, f: Footprint) -> tuple[float, float]:
+    """Bytes that ZeRO-3 has beside a rank's share, where it has most: whole weights, and the flat buffer in which several of them arrive.
+
+    It fetches ahead until so many are there as may be, and between forward and backward keeps those used again within the reuse distance, there and back.
+    """
+    zero = run.deepspeed_config.get("zero_optimization") or {}
+    live = max(float(zero.get("stage3_max_live_parameters", 1e9)), float(zero.get("stage3_max_reuse_distance", 1e9)) / 2)
+    bucket = float(zero.get("stage3_prefetch_bucket_size", 5e7))
+    element = f.weight_bytes / f.parameters
+    return min(f.weight_bytes, live * element), min(f.weight_bytes, bucket * element + f.largest_bytes)
 
 
 def _splits(blocks: int, stages: int) -> Iterator[list[int]]:

@@ -53,6 +53,17 @@ def test_zero_splits_what_it_says():
     assert two.weights == plain.weights > 2 * three.weights
 
 
+def test_zero_3_has_its_share_and_the_weights_that_are_used_soon():
+    zero = "run.deepspeed_config.zero_optimization"
+    p, near = planner(), planner("pp_qwen14b/train_pp", "3090", f"{zero}.stage3_max_live_parameters=100000000", f"{zero}.stage3_max_reuse_distance=0")
+    plain, usual, least = p.plan(Layout(2)), p.plan(Layout(2, zero=3)), near.plan(Layout(2, zero=3))
+    share = plain.memory[0].weights / 2
+    assert usual.memory[0].weights - least.memory[0].weights == pytest.approx(2 * 9e8, rel=0.05)  # bf16
+    assert least.memory[0].weights - share == pytest.approx(2 * 1e8, rel=0.05)
+    head = 2 * p.llm_config.vocab_size * p.llm_config.hidden_size
+    assert least.footprints[0].largest_bytes == head < least.memory[0].workspace
+
+
 def test_an_impossible_split_and_an_unknown_card_are_told():
     with pytest.raises(ConfigError, match="41 stages but the LLM has 40 blocks"):
         planner().plan(Layout(41, 41))
