@@ -38,6 +38,7 @@ from lavis.runners.checkpoint import TrainState, identity, save_checkpoint
 LLMS = {"small": (768, 2048, 12), "medium": (1280, 3456, 14)}
 """Width, width of the MLP, blocks."""
 QUESTION = "Which of the shapes in the picture is the largest one, what colour does it have, and where does it stand?"
+STOPS = (2,)
 SHOWN = (1, 4, 8)
 """Turns that are printed."""
 
@@ -91,7 +92,7 @@ def ask_anew(chat: ChatModel, prompt, tokens: int) -> tuple[list[float], float]:
     clock, started = Clock(), time.perf_counter()
     with torch.inference_mode():
         embeds = chat.embed(prompt.ids, [chat.model.encode_images(chat.pixels(p))[0] for p in prompt.pictures])
-    generate(chat.llm, embeds, [len(prompt)], [-1], 0, max_new_tokens=tokens, do_sample=False, streamer=clock)
+    generate(chat.llm, embeds, [len(prompt)], STOPS, 0, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
     return clock.times, started
 
 
@@ -111,7 +112,7 @@ def measure(folder: Path, size: str, turns: int, tokens: int, repeats: int) -> d
     run = make_run(folder, size)
     export_hf(open_run(run), folder / "hf")
     chat = load_chat(run=run)
-    vars(chat.template)["stop_token_ids"] = ()  # a random LLM may stop anywhere; here each answer has its full length
+    vars(chat)["stop_token_ids"] = frozenset()  # a random LLM may stop anywhere; here each answer has its full length
     stock, processor = AutoModelForImageTextToText.from_pretrained(folder / "hf", dtype=torch.float32).eval(), AutoProcessor.from_pretrained(folder / "hf", backend="pil")
     picture = open_picture(next((ASSETS_ROOT / "shapes/pictures").glob("*.png")))
     seen: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))

@@ -27,8 +27,13 @@ def open_chat(args: argparse.Namespace) -> ChatModel:
     import torch
 
     from lavis.chat.load import load_chat
+    from lavis.common.errors import ConfigError
 
     cuda = torch.cuda.is_available() and not args.cpu_only
+    if cuda:
+        if not 0 <= args.gpu_id < torch.cuda.device_count():
+            raise ConfigError(f"--gpu_id {args.gpu_id}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}.")
+        torch.cuda.set_device(args.gpu_id)  # where a library asks for no device, as bitsandbytes does
     return load_chat(
         run=args.run,
         checkpoint=args.checkpoint_path,

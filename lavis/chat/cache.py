@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -11,6 +13,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [rows, heads, tokens, width] of each layer."""
+
+
+_LENGTH_DEPENDENT_ROPE = r"'(rope_)?type': '(longrope|\w*dynamic\w*)'"
 
 
 class GrowingLayer(DynamicLayer):
@@ -47,7 +52,12 @@ def _with_room(have: torch.Tensor, like: torch.Tensor, old: int, size: int) -> t
 
 
 def cuttable(llm: PreTrainedModel) -> bool:
-    """Whether the LLM remembers nothing but keys and values, so that rows can be cut, joined and kept. Recurrent ones do not."""
+    """Whether the LLM remembers nothing but keys and values that depend on what came before alone, so that rows can be cut, joined and kept.
+
+    Recurrent ones remember more; rotary embeddings that change with the length of the longest row depend on more.
+    """
+    if "past_key_values" not in inspect.signature(llm.forward).parameters or re.search(_LENGTH_DEPENDENT_ROPE, str(llm.config.to_dict())):
+        return False
     try:
         layers = DynamicCache(config=llm.config).layers
     except (KeyError, AttributeError, ValueError):
@@ -99,6 +109,8 @@ class PrefixStore:
         """How many of the first of `keys` a stored row begins with, all but the last of them at most, and that much of it."""
         best, found = 0, None
         for stored in self._rows:
+            if stored[best : best + 1] != tuple(keys[best : best + 1]):  # can't be longer
+                continue
             n = _common(stored, keys)
             if n > best:
                 best, found = n, stored
@@ -111,11 +123,15 @@ class PrefixStore:
     def put(self, keys: Sequence[Hashable], layers: Layers) -> None:
         """Keep a row; what it goes on from is dropped."""
         keys = tuple(keys)
-        for stored in [s for s in self._rows if _common(s, keys) == len(s)]:
+        for stored in [s for s in self._rows if len(s) <= len(keys) and s == keys[: len(s)]]:
             del self._rows[stored]
         self._rows[keys] = layers
         while len(self._rows) > self.max_rows or (self._rows and self.num_bytes > self.max_bytes):
             del self._rows[next(iter(self._rows))]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._rows.clear()
 
     @property
     def num_bytes(self) -> int:

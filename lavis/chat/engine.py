@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import StoppingCriteria
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from lavis.chat.cache import PrefixStore, cuttable, joined, layers_of, new_cache, row_of
 from lavis.chat.model import ChatModel, Prompt
@@ -57,12 +57,18 @@ class Answer:
     def __iter__(self) -> Iterator[int]:
         while (token := self._queue.get()) is not None:
             yield token
+        self._queue.put(None)  # for whoever asks again
         if self.error is not None:
             raise self.error
 
     def cancel(self) -> None:
         """End it after the token being made; what has come stays."""
         self._cancelled.set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token will come any more."""
+        return self.finish_reason is not None or self.error is not None
 
     @property
     def cancelled(self) -> bool:
@@ -117,6 +123,8 @@ class Engine:
         self._waiting: deque[Answer] = deque()
         self._rows: list[_Row] = []
         self._cache = None
+        self._alone: Answer | None = None
+        """An answer that transformers generates."""
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="lavis-engine", daemon=True)
@@ -133,11 +141,18 @@ class Engine:
         with self._wake:
             if self._closed:
                 raise ChatError("the engine is closed.")
+            self._drop_cancelled()
             if len(self._waiting) >= self.max_waiting:
                 raise BusyError(f"{len(self._waiting)} questions wait already: try again later.")
             self._waiting.append(answer)
             self._wake.notify()
         return answer
+
+    def _drop_cancelled(self) -> None:
+        """Free the places of questions that nobody waits for any more."""
+        for answer in [a for a in self._waiting if a.cancelled]:
+            self._waiting.remove(answer)
+            answer.end("cancelled")
 
     @property
     def load(self) -> tuple[int, int]:
@@ -153,6 +168,8 @@ class Engine:
         """End all answers and free the thread."""
         with self._wake:
             self._closed = True
+            if self._alone:
+                self._alone.cancel()
             self._wake.notify()
         self._thread.join()
 
@@ -160,22 +177,24 @@ class Engine:
 
     def _work(self) -> None:
         with torch.inference_mode():
-            while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._closed or self._waiting or self._rows)
-                    room = self.max_batch - len(self._rows)
-                    new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-                    if self._closed:
-                        new += self._waiting
-                        self._waiting.clear()
-                if self._closed:
-                    for answer in [*new, *(row.answer for row in self._rows)]:
-                        answer.end("cancelled")
-                    return
-                for answer in new:
-                    self._begin(answer)
+            while self._next():
                 if self._rows:
                     self._guarded_step()
+
+    def _next(self) -> bool:
+        """Wait for something to do, and begin what there is room for. False when the engine is closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._waiting or self._rows)
+            self._drop_cancelled()
+            room = len(self._waiting) if self._closed else self.max_batch - len(self._rows)
+            new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        if self._closed:
+            for answer in [*new, *(row.answer for row in self._rows)]:
+                answer.end("cancelled")
+            return False
+        for answer in new:
+            self._begin(answer)
+        return True
 
     def _begin(self, answer: Answer) -> None:
         """Read a prompt and choose the first token of its answer. A failure is that answer's alone."""
@@ -187,8 +206,7 @@ class Engine:
             else:
                 self._admit(answer)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-            log.exception("an answer failed")
-            answer.fail(error if isinstance(error, ChatError) else ChatError(f"the model failed: {type(error).__name__}: {error}"))
+            answer.fail(_told(error))
 
     def _admit(self, answer: Answer) -> None:
         prompt, most = answer.prompt, min(answer.settings.max_new_tokens, self.chat.window - len(answer.prompt))
@@ -231,10 +249,11 @@ class Engine:
         try:
             self._step()
         except Exception as error:  # noqa: BLE001 - such as memory that ran out: these answers are lost, the engine goes on
-            log.exception("a step failed")
             for row in self._rows:
-                row.answer.fail(ChatError(f"the model failed: {type(error).__name__}: {error}"))
+                if not row.answer.ended:
+                    row.answer.fail(_told(error))
             self._rows, self._cache = [], None
+            self.store.clear()
 
     def _step(self) -> None:
         """One token for each row."""
@@ -254,13 +273,16 @@ class Engine:
         likeliest = logits.argmax(-1).tolist()
         for i, row in enumerate(rows):
             row.length += 1
-            self._take(row, likeliest[i] if row.choose.plain else row.choose(logits[i]))
+            try:
+                self._take(row, likeliest[i] if row.choose.plain else row.choose(logits[i]))
+            except Exception as error:  # noqa: BLE001 - such as logits that are no numbers, of this row alone
+                row.answer.fail(_told(error))
         self._release()
 
     def _take(self, row: _Row, token: int) -> None:
         """Give the token to the reader, and end the answer where it ends."""
         answer = row.answer
-        if token in self.chat.template.stop_token_ids:
+        if token in self.chat.stop_token_ids:
             answer.end("stop")
             return
         row.token = token
@@ -273,13 +295,13 @@ class Engine:
 
     def _release(self) -> None:
         """Take finished rows out of the batch and keep what they have read."""
-        if all(row.answer.finish_reason is None for row in self._rows):
+        left = [i for i, row in enumerate(self._rows) if not row.answer.ended]
+        if len(left) == len(self._rows):
             return
         layers = layers_of(self._cache)
         for i, row in enumerate(self._rows):
             if row.answer.finish_reason:
                 self._keep(row, layers, i)
-        left = [i for i, row in enumerate(self._rows) if row.answer.finish_reason is None]
         rows = [self._rows[i] for i in left]
         self._cache = new_cache(joined([row_of(layers, i, self._rows[i].length) for i in left])) if rows else None
         self._rows = rows
@@ -291,26 +313,41 @@ class Engine:
     def _answer_whole(self, answer: Answer) -> None:
         """Let transformers generate: for beams, and for LLMs whose memory can't be cut."""
         s, prompt, chat = answer.settings, answer.prompt, self.chat
-        shape = {"do_sample": s.do_sample, "num_beams": s.num_beams, "repetition_penalty": s.repetition_penalty}
         drawn = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k} if s.do_sample else {"temperature": None, "top_p": None, "top_k": None}
         devices = [chat.device] if chat.device.type == "cuda" else []
+        self._alone = answer
         with torch.random.fork_rng(devices):
             torch.manual_seed(answer.seed)
             (ids,) = generate(
                 chat.llm,
                 self._embed(prompt, 0),
                 [len(prompt)],
-                chat.template.stop_token_ids,
+                chat.stop_token_ids,
                 chat.template.pad_token_id,
                 max_new_tokens=s.max_new_tokens,
+                do_sample=s.do_sample,
+                num_beams=s.num_beams,
+                repetition_penalty=1.0,
+                logits_processor=[_Penalty(s.repetition_penalty, prompt.ids)] if s.repetition_penalty != 1 else [],
                 stopping_criteria=[_Cancelled(answer)],
-                **shape,
                 **drawn,
             )
+        self._alone = None
         for token in ids:
             answer.give(token)
         full = len(ids) >= min(s.max_new_tokens, chat.window - len(prompt))
         answer.end("cancelled" if answer.cancelled else "length" if full else "stop")
+
+
+class _Penalty(LogitsProcessor):
+    """A repetition penalty that counts the prompt's tokens too, which generate does not know when it is given embeddings."""
+
+    def __init__(self, penalty: float, prompt: tuple[int, ...]) -> None:
+        self.penalise, self.prompt = RepetitionPenaltyLogitsProcessor(penalty), torch.tensor([prompt])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        prompt = self.prompt.to(input_ids.device).expand(len(input_ids), -1)
+        return self.penalise(torch.cat([prompt, input_ids], 1), scores)
 
 
 class _Cancelled(StoppingCriteria):
@@ -319,6 +356,14 @@ class _Cancelled(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.answer.cancelled, device=input_ids.device)
+
+
+def _told(error: Exception) -> ChatError:
+    """What the reader is told; the log has the rest."""
+    if isinstance(error, ChatError):
+        return error
+    log.error("an answer failed", exc_info=error)
+    return ChatError(f"the model failed ({type(error).__name__}).")
 
 
 def _store_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from lavis.chat.model import ChatModel
 from lavis.common.config import load_model_config, load_preprocess_config
-from lavis.common.errors import CheckpointError, ChatError
+from lavis.common.errors import ChatError, CheckpointError, ConfigError
 from lavis.common.json_file import read_json
 from lavis.common.paths import resolve
 from lavis.common.registries import MODELS
@@ -59,6 +59,8 @@ def load_chat(
     folder = resolve(checkpoint) if checkpoint is not None else None
     if run is None and folder is not None and ((folder / "checkpoints").is_dir() or (folder / "COMPLETE").is_file()):
         run = folder
+    if options and (run is not None or (folder is not None and (folder / "config.json").is_file())):
+        raise ConfigError("--options change the model that --model-type names; a run and an exported folder say themselves what they are: leave --options out.")
     if run is not None:
         return _of_run(Path(run), device, llm_dtype, changes)
     if folder is not None and (folder / "config.json").is_file():
@@ -70,6 +72,8 @@ def _of_run(where: Path, device: torch.device, dtype: torch.dtype, changes: dict
     trained = open_any_run(where)
     config, tensors = trained.recipe.model, trained.checkpoint.tensors()
     if isinstance(config, CausalLMConfig):
+        if changes:
+            raise ConfigError(f"--llm_device_map is for models that see; {where} trained a {config.arch}: leave it out.")
         tokenizer = load_tokenizer(config)
         model = MODELS.get(config.arch).from_config(config, tokenizer)
     elif isinstance(config, MiniGPT4QwenConfig):
@@ -89,7 +93,7 @@ def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, llm_devic
     model = MiniGPT4Qwen.from_pretrained(folder, device, llm_dtype=dtype)
     config = model.config
     if llm_device_map:
-        model.place_llm(llm_device_map)
+        model.place_llm(llm_device_map, device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = exported_tokenizer(folder) if has_tokenizer else load_tokenizer(config)
     return _ready(folder.name, model, tokenizer, _exported_processor(folder, config.image_size), device)

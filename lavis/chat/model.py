@@ -64,6 +64,12 @@ class ChatModel:
         return ChatTemplate(self.tokenizer, self.num_query_token, max_length=1 << 40)
 
     @cached_property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the template's, and those that the LLM's makers name."""
+        eos = self.llm.generation_config.eos_token_id
+        return frozenset({*self.template.stop_token_ids, *(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])})
+
+    @cached_property
     def window(self) -> int:
         """Tokens that prompt and answer have together at most."""
         return min(context_length(self.llm), 1 << 20)
@@ -98,9 +104,13 @@ class ChatModel:
         pixels = self.processor(picture.image) if picture.pixels is None else picture.pixels
         return pixels[None].to(self.device)
 
+    def prepared(self, picture: Picture) -> Picture:
+        """The picture with its pixels, so that the engine's thread need not make them."""
+        return picture if picture.pixels is not None or not self.sees else replace(picture, pixels=self.processor(picture.image))
+
     def compact(self, picture: Picture) -> Picture:
-        """The picture as the model needs it, without the file and the large image."""
-        return replace(picture, image=None, data=b"", pixels=self.processor(picture.image))
+        """As `prepared`, without the file and the large image."""
+        return replace(self.prepared(picture), image=None, data=b"")
 
     def embed(self, ids: Sequence[int], features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Input embeddings [1, n, D] of `ids`; features: [Q, D_qformer] for each picture among them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import warnings
@@ -80,5 +79,5 @@ def picture_from_url(url: str) -> Picture:
         raise ChatError(f"an image has more than {MAX_BYTES >> 20} MiB. Make it smaller.")
     try:
         return read_picture(base64.b64decode(body, validate=True))
-    except binascii.Error as error:
-        raise ChatError(f"the data URL of an image is no base64 ({error}).") from error
+    except ValueError as error:
+        raise ChatError("the data URL of an image is no base64.") from error

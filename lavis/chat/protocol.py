@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,11 +18,14 @@ from lavis.common.errors import ChatError
 from lavis.datasets.types import ImageRef, Message
 
 MAX_MESSAGES = 1024
+MAX_PARTS = 256
+"""Of one message."""
+MAX_IMAGES = 32
 MAX_CHARACTERS = 1_000_000
-"""Of one text."""
+"""Of all texts together."""
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
-Open = Callable[[str], Picture]
+Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class TextPart(BaseModel):
@@ -49,13 +53,24 @@ class ChatMessage(BaseModel):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: Text | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=MAX_PARTS)]
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content in parts."""
+        return self.content if isinstance(self.content, list) else [TextPart(type="text", text=self.content)]
 
 
 class StreamOptions(BaseModel):
     """include_usage: a last chunk with the number of tokens."""
 
     include_usage: bool = False
+
+
+class TextFormat(BaseModel):
+    """The one format of answers there is."""
+
+    type: Literal["text"]
 
 
 class ChatRequest(BaseModel):
@@ -77,8 +92,13 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
-    tools: None = None
-    response_format: None = None
+    top_logprobs: Literal[0] | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: Annotated[dict, Field(max_length=0)] | None = None
+    tools: Annotated[list, Field(max_length=0)] | None = None
+    functions: Annotated[list, Field(max_length=0)] | None = None
+    response_format: TextFormat | None = None
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
         """As settings of ours. Raises ChatError for a value out of its limits."""
@@ -100,45 +120,41 @@ class ChatRequest(BaseModel):
             raise ChatError("stop: give at most four texts of 1 to 200 characters.")
         return stops
 
-    def prompt(self, chat: ChatModel, open_picture: Open) -> Prompt:
-        """The prompt. Raises ChatError for an image that can't be read, one that is not the user's, or more than the model can see."""
-        images = sum(isinstance(p, ImagePart) for m in self.messages if isinstance(m.content, list) for p in m.content)
+    def urls(self, chat: ChatModel) -> list[str]:
+        """Addresses of the images, each once. Raises ChatError if there are more than the model, or this program, reads, or too much text."""
+        parts = [part for message in self.messages for part in message.parts]
+        images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
         if images and not chat.sees:
             raise ChatError(f"{chat.name} reads text only: leave the images out.")
-        if images * chat.num_query_token > chat.window:
-            raise ChatError(f"{images} images of {chat.num_query_token} tokens each are more than {chat.name} reads, {chat.window} tokens.")
-        pictures: dict[str, Picture] = {}
-        messages = [_message(m, pictures, lambda url: chat.compact(open_picture(url))) for m in self.messages]
-        return chat.encode(messages, pictures)
+        most = min(MAX_IMAGES, chat.window // max(1, chat.num_query_token))
+        if len(images) > most:
+            raise ChatError(f"the request has {len(images)} images; {chat.name} is shown {most} at most.")
+        characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
+        if characters > MAX_CHARACTERS:
+            raise ChatError(f"the request has {characters:,} characters, more than {MAX_CHARACTERS:,}.")
+        return list(dict.fromkeys(images))
+
+    def prompt(self, chat: ChatModel, pictures: Mapping[str, Picture]) -> Prompt:
+        """The prompt; pictures: by address. Raises ChatError if an image is not the user's, or the order of roles is wrong."""
+        messages = [_message(message, pictures) for message in self.messages]
+        return chat.encode(messages, {picture.key: picture for picture in pictures.values()})
 
 
-def _message(message: ChatMessage, pictures: dict[str, Picture], open_picture: Open) -> Message:
-    role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return Message(role, (message.content,))
-    parts: list[str | ImageRef] = []
-    for part in message.content:
+def _message(message: ChatMessage, pictures: Mapping[str, Picture]) -> Message:
+    role: Any = "system" if message.role == "developer" else message.role
+    pieces: list[str | ImageRef] = []
+    behind_image = False
+    for part in message.parts:
         if isinstance(part, TextPart):
-            gap = " " if parts and parts[-1] == "</Img>" and not part.text[:1].isspace() else ""
-            parts.append(gap + part.text)
-            continue
-        if role != "user":
+            pieces.append(" " + part.text if behind_image and not part.text[:1].isspace() else part.text)
+        elif role != "user":
             raise ChatError(f"an image stands in a message of the {role}: only the user can show images.")
-        picture = open_picture(part.image_url.url)
-        pictures[picture.key] = picture
-        parts += ["<Img>", ImageRef(picture.key), "</Img>"]
-    return Message(role, tuple(_merged(parts)))
-
-
-def _merged(parts: list[str | ImageRef]) -> list[str | ImageRef]:
-    """Texts that follow each other as one, as they are tokenised in training."""
-    merged: list[str | ImageRef] = []
-    for part in parts:
-        if merged and isinstance(part, str) and isinstance(merged[-1], str):
-            merged[-1] += part
         else:
-            merged.append(part)
-    return merged
+            pieces += ["<Img>", ImageRef(pictures[part.image_url.url].key), "</Img>"]
+        behind_image = isinstance(part, ImagePart)
+    # texts that follow each other are one, as they are tokenised in training
+    groups = itertools.groupby(pieces, key=lambda piece: isinstance(piece, str))
+    return Message(role, tuple(piece for is_text, group in groups for piece in (["".join(group)] if is_text else group)))
 
 
 class Completion:

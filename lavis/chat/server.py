@@ -9,11 +9,12 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 import httpx
-from fastapi import Depends, FastAPI, HTTPException, Request
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -21,6 +22,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavis.chat.engine import Answer, Engine
+from lavis.chat.model import ChatModel, Prompt
 from lavis.chat.pictures import MAX_BYTES, Picture, picture_from_url, read_picture
 from lavis.chat.protocol import ChatRequest, Completion
 from lavis.chat.text import TextStream
@@ -33,7 +35,9 @@ MAX_BODY = 32 << 20
 """Largest request, bytes."""
 PREPARED_AT_ONCE = 4
 """Requests whose images are decoded at the same time: what bounds the memory they take."""
+FETCHED_AT_ONCE = 16
 FETCH_SECONDS = 10.0
+"""For all images of a request."""
 
 
 class Metrics:
@@ -59,48 +63,75 @@ class Metrics:
 
 
 class Guard:
-    """Refuses requests of more than `most` bytes with 413, also when they do not say so beforehand, and counts chat requests by status."""
+    """What is decided before a request is read: the key, its size, and whether there is room. Counts chat requests by status.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, most: int = MAX_BODY) -> None:
-        self.app, self.metrics, self.most = app, metrics, most
+    `most_bytes` holds also for requests that do not say their size. Of chat requests no more than `most_open` are open at a time.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, most_open: int, most_bytes: int = MAX_BODY) -> None:
+        self.app, self.metrics, self.most_open, self.most_bytes = app, metrics, most_open, most_bytes
+        self.key = api_key.encode() if api_key else None
+        self.open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen = 0
+        started, seen, chats = False, 0, scope["path"] == CHAT_PATH
 
         async def counted_receive() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self.most:
+            if seen > self.most_bytes:
                 raise HTTPException(413, self._too_large)
             return message
 
         async def counted_send(message: Message) -> None:
-            if message["type"] == "http.response.start" and scope["path"] == CHAT_PATH:
-                self.metrics.requests.labels(str(message["status"])).inc()
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if chats:
+                    self.metrics.requests.labels(str(message["status"])).inc()
             await send(message)
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) <= self.most:
+        if refusal := self._refusal(scope, chats):
+            await refusal(scope, receive, counted_send)
+            return
+        self.open += chats
+        try:
             await self.app(scope, counted_receive, counted_send)
-        else:
-            await _error(413, self._too_large)(scope, receive, counted_send)
+        except Exception as error:  # noqa: BLE001 - told without a traceback, and counted
+            log.error("a request failed", exc_info=error)
+            if not started:
+                await _error(500, f"the server failed ({type(error).__name__}); its log says more.")(scope, receive, counted_send)
+        finally:
+            self.open -= chats
+
+    def _refusal(self, scope: Scope, chats: bool) -> Response | None:
+        headers = dict(scope["headers"])
+        if self.key and scope["path"].startswith("/v1"):
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self.key):
+                return _error(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`.")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self.most_bytes:
+            return _error(413, self._too_large)
+        if chats and self.open >= self.most_open:
+            return _error(429, f"{self.open} requests are open already: try again later.", headers={"Retry-After": "1"})
+        return None
 
     @property
     def _too_large(self) -> str:
-        return f"the request has more than {self.most >> 20} MiB: send smaller images."
+        return f"the request has more than {self.most_bytes >> 20} MiB: send smaller images."
 
 
 def build_app(engine: Engine, *, api_key: str | None = None, image_hosts: tuple[str, ...] = ()) -> FastAPI:
     """The API over `engine`. With `api_key`, /v1 wants it as a bearer token; images are fetched from `image_hosts` alone."""
     app = FastAPI(title="lavis", docs_url=None, redoc_url=None, openapi_url=None)
-    metrics, gate = Metrics(engine), asyncio.Semaphore(PREPARED_AT_ONCE)
-    app.add_middleware(Guard, metrics=metrics)
+    metrics, kitchen = Metrics(engine), Kitchen(engine.chat, image_hosts)
+    app.add_middleware(Guard, metrics=metrics, api_key=api_key, most_open=engine.max_batch + engine.max_waiting)
     name, started = engine.chat.name, int(time.time())
-    allowed = [Depends(partial(_check_key, api_key))] if api_key else []
     card = {"id": name, "object": "model", "created": started, "owned_by": "lavis"}
 
     @app.get("/health")
@@ -112,47 +143,69 @@ def build_app(engine: Engine, *, api_key: str | None = None, image_hosts: tuple[
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models", dependencies=allowed)
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    @app.get("/v1/models/{model}", dependencies=allowed)
+    @app.get("/v1/models/{model}")
     async def model(model: str) -> dict[str, Any]:
         if model != name:
             raise HTTPException(404, f"there is no model {model[:100]!r}; this is {name!r}.")
         return card
 
-    @app.post(CHAT_PATH, dependencies=allowed)
+    @app.post(CHAT_PATH)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await _Exchange(engine, metrics, body, request, time.perf_counter()).answer(gate, image_hosts)
+        return await _Exchange(engine, metrics, body, request).answer(body, kitchen)
 
     _add_error_handlers(app)
     return app
 
 
+class Kitchen:
+    """Makes prompts of requests: images first. Few at a time decode images, which bounds their memory; text waits for nobody."""
+
+    def __init__(self, chat: ChatModel, image_hosts: tuple[str, ...]) -> None:
+        self.chat, self.image_hosts = chat, image_hosts
+        self.decoding, self.fetching, self.encoding = map(CapacityLimiter, (PREPARED_AT_ONCE, FETCHED_AT_ONCE, PREPARED_AT_ONCE))
+
+    async def prompt(self, body: ChatRequest) -> Prompt:
+        """The prompt of a request. Raises ChatError for what can't be read."""
+        pictures: dict[str, Picture] = {}
+        deadline = time.monotonic() + FETCH_SECONDS
+        for url in body.urls(self.chat):
+            data = None
+            if url.startswith(("http://", "https://")):
+                data = await run_sync(fetch, url, self.image_hosts, deadline, limiter=self.fetching)
+            pictures[url] = await run_sync(self._decode, url, data, limiter=self.decoding)
+        return await run_sync(body.prompt, self.chat, pictures, limiter=self.encoding)
+
+    def _decode(self, url: str, data: bytes | None) -> Picture:
+        return self.chat.compact(picture_from_url(url) if data is None else read_picture(data))
+
+
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, body: ChatRequest, request: Request, started: float) -> None:
-        self.engine, self.metrics, self.body, self.request, self.started = engine, metrics, body, request, started
+    def __init__(self, engine: Engine, metrics: Metrics, body: ChatRequest, request: Request) -> None:
+        self.engine, self.metrics, self.started = engine, metrics, time.perf_counter()
+        self.gone = request.is_disconnected
         self.tokens: asyncio.Queue[int | None] = asyncio.Queue()
         self.text = TextStream(engine.chat.tokenizer, body.stops())
         self.completion = Completion(engine.chat.name)
+        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    async def answer(self, gate: asyncio.Semaphore, image_hosts: tuple[str, ...]) -> Response:
-        body, chat = self.body, self.engine.chat
+    async def answer(self, body: ChatRequest, kitchen: Kitchen) -> Response:
+        chat, stream = self.engine.chat, body.stream
         if body.model not in (None, "", "default", chat.name):
             raise HTTPException(404, f"there is no model {body.model[:100]!r}; this is {chat.name!r}.")
-        settings = body.settings(chat.defaults)
-        async with gate:
-            prompt = await asyncio.to_thread(body.prompt, chat, partial(open_image, hosts=image_hosts))
+        settings, seed = body.settings(chat.defaults), 42 if body.seed is None else body.seed
+        prompt = await kitchen.prompt(body)
+        body.messages.clear()  # megabytes of images, while it waits
         loop = asyncio.get_running_loop()
-        seed = 42 if body.seed is None else body.seed
         self.pending = self.engine.submit(prompt, settings, seed=seed, sink=lambda token: loop.call_soon_threadsafe(self.tokens.put_nowait, token))
-        if body.stream:
-            first = await self._first()
-            return StreamingResponse(self._stream(first), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await self._whole()
+        if not stream:
+            return await self._whole()
+        return StreamingResponse(self._stream(await self._first()), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     async def _first(self) -> int | None:
         """The first token: what fails before it has a status of its own."""
@@ -169,7 +222,8 @@ class _Exchange:
 
     async def _pieces(self, token: int | None) -> AsyncIterator[str]:
         """The answer's text, from its first token on."""
-        self.metrics.first.observe(time.perf_counter() - self.started)
+        if token is not None:
+            self.metrics.first.observe(time.perf_counter() - self.started)
         try:
             while token is not None:
                 if piece := self.text.add(token):
@@ -204,13 +258,13 @@ class _Exchange:
             yield _event(_error_body(500, str(error)))
             return
         yield _event(self.completion.chunk({}, self._reason()))
-        if self.body.stream_options and self.body.stream_options.include_usage:
+        if self.with_usage:
             yield _event(self.completion.last_chunk(self.pending))
         yield "data: [DONE]\n\n"
 
     async def _watch(self) -> None:
         """Cancel the answer when the client goes away."""
-        while not await self.request.is_disconnected():
+        while not await self.gone():
             await asyncio.sleep(0.2)
         self.pending.cancel()
 
@@ -226,39 +280,37 @@ class ModelError(ChatError):
     """The model failed at a request that was right."""
 
 
-def open_image(url: str, hosts: tuple[str, ...]) -> Picture:
-    """The picture at a data URL, or at an http(s) address on one of `hosts`. Raises ChatError for any other."""
-    if not url.startswith(("http://", "https://")):
-        return picture_from_url(url)
+def fetch(url: str, hosts: tuple[str, ...], deadline: float) -> bytes:
+    """The file at an http(s) address on one of `hosts` (`name`, or `name:port` for another port than 80 and 443), until `deadline` (time.monotonic).
+
+    Raises ChatError for another address, one that redirects, compresses, or sends too much or too slowly.
+    """
     try:
-        host = httpx.URL(url).host
+        address = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise ChatError("an image's address is none: give a data URL, data:image/png;base64,...") from error
-    if host not in hosts:
+    place = address.host if address.port in (None, 80, 443) else f"{address.host}:{address.port}"
+    if place not in hosts or address.userinfo:
         raise ChatError("images are not fetched from http addresses here: give a data URL, data:image/png;base64,...")
+    data, plain = bytearray(), {"Accept-Encoding": "identity"}
     try:
-        with httpx.Client(timeout=FETCH_SECONDS, follow_redirects=False) as client, client.stream("GET", url) as response:
+        with httpx.Client(timeout=FETCH_SECONDS, trust_env=False, headers=plain) as client, client.stream("GET", address) as response:
             response.raise_for_status()
-            data = b""
-            for piece in response.iter_bytes():
+            if response.has_redirect_location or response.headers.get("content-encoding", "identity") != "identity":
+                raise ChatError(f"the image at {place} is not sent as it is.")
+            for piece in response.iter_raw(1 << 16):
                 data += piece
-                if len(data) > MAX_BYTES:
-                    raise ChatError(f"the image at {host} has more than {MAX_BYTES >> 20} MiB. Make it smaller.")
+                if len(data) > MAX_BYTES or time.monotonic() > deadline:
+                    raise ChatError(f"the image at {place} has more than {MAX_BYTES >> 20} MiB or takes more than {FETCH_SECONDS:.0f} s.")
     except httpx.HTTPError as error:
-        raise ChatError(f"the image at {host} could not be fetched: {type(error).__name__}.") from error
-    return read_picture(data)
-
-
-def _check_key(api_key: str, request: Request) -> None:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode(), api_key.encode()):
-        raise HTTPException(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`.")
+        raise ChatError(f"the image at {place} could not be fetched.") from error
+    return bytes(data)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        first = next(iter(error.errors()))
         where = ".".join(str(part) for part in first["loc"][1:])
         return _error(400, f"{where + ': ' if where else ''}{first['msg']}", param=where or None)
 
@@ -271,11 +323,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         if isinstance(error, BusyError):
             return _error(429, str(error), headers={"Retry-After": "1"})
         return _error(500 if isinstance(error, ModelError) else 400, str(error))
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        log.error("a request failed", exc_info=error)
-        return _error(500, f"the server failed ({type(error).__name__}); its log says more.")
 
 
 def _error(status: int, message: str, *, param: str | None = None, headers: Any = None) -> Response:

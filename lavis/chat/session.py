@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from lavis.chat.engine import Answer, Engine
@@ -28,16 +29,22 @@ class Turn:
     pictures: tuple[Picture, ...] = ()
 
 
+_State = tuple[tuple[Turn, ...], tuple[Picture, ...]]
+"""History, and pictures that wait."""
+
+
 class Reply:
     """An answer's text in pieces, as it comes; after the last one it is in the session's history.
 
-    Leaving the loop early, or `stop`, ends the answer; what had come by then is kept.
+    Leaving the loop early, or `stop`, ends the answer; what had come by then is kept. Where nothing had, `restore` makes the session what it was.
     """
 
-    def __init__(self, session: ChatSession, question: str, pictures: tuple[Picture, ...], answer: Answer) -> None:
+    def __init__(self, session: ChatSession, asked: Turn, answer: Answer, restore: Callable[[], None]) -> None:
         self.answer = answer
-        self._session, self._question, self._pictures = session, question, pictures
+        self._session, self._asked, self._restore = session, asked, restore
         self._stream = TextStream(session.engine.chat.tokenizer)
+        self._pieces = self._read()
+        self._begun = False
 
     @property
     def text(self) -> str:
@@ -47,8 +54,17 @@ class Reply:
     def stop(self) -> None:
         """End the answer; the loop over the pieces ends soon."""
         self.answer.cancel()
+        if not self._begun:
+            self._restore()
+            self._begun = True
 
     def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _read(self) -> Iterator[str]:
+        if self._begun:  # stopped before anyone listened
+            return
+        self._begun = True
         try:
             for token in self.answer:
                 if piece := self._stream.add(token):
@@ -61,9 +77,9 @@ class Reply:
             raise
         finally:
             if self.text or self.answer.finish_reason in ("stop", "length"):
-                self._session.history.append(Turn(self._question, self.text, self._pictures))
-            else:  # nothing came: the pictures wait for the next question
-                self._session.waiting[:0] = self._pictures
+                self._session.history.append(replace(self._asked, answer=self.text))
+            else:
+                self._restore()
 
 
 @dataclass
@@ -93,29 +109,39 @@ class ChatSession:
         """Show pictures together with the next question. Raises ChatError if the model reads text only."""
         if pictures and not self.engine.chat.sees:
             raise ChatError(f"{self.engine.chat.name} reads text only: it can't be shown images.")
-        self.waiting.extend(pictures)
+        self.waiting.extend(map(self.engine.chat.prepared, pictures))
 
     def ask(self, question: str, pictures: Sequence[Picture] = ()) -> Reply:
         """Ask about what is attached and what was said. Raises ChatError if the question is empty or too long for the model's window."""
         if not question.strip():
             raise ChatError("ask something.")
-        shown = (*self.waiting, *pictures)
-        settings = self.settings or self.engine.chat.defaults
-        prompt = self._prompt(question, shown, settings)
-        reply = Reply(self, question, shown, self.engine.submit(prompt, settings, seed=self._answer_seed()))
-        self.waiting.clear()
-        return reply
+        before = self._state()
+        self.attach(*pictures)
+        return self._ask(question, before, self._state())
 
     def regenerate(self) -> Reply:
-        """Ask the last question again; a drawn answer will be another one. Raises ChatError if there is none."""
-        history, waiting = list(self.history), list(self.waiting)
+        """Ask the last question again; a drawn answer will be another one. The old answer stays if no new one comes. Raises ChatError if there is none."""
+        before = self._state()
         turn = self.undo()
         self._attempt += 1
+        return self._ask(turn.question, before, before)
+
+    def _ask(self, question: str, if_refused: _State, if_nothing_comes: _State) -> Reply:
+        settings, shown = self.settings or self.engine.chat.defaults, tuple(self.waiting)
         try:
-            return self.ask(turn.question)
-        except ChatError:
-            self.history, self.waiting = history, waiting
+            prompt = self._prompt(question, shown, settings)
+            answer = self.engine.submit(prompt, settings, seed=self._answer_seed())
+        except BaseException:
+            self._return_to(if_refused)
             raise
+        self.waiting = []
+        return Reply(self, Turn(question, "", shown), answer, lambda: self._return_to(if_nothing_comes))
+
+    def _state(self) -> _State:
+        return tuple(self.history), tuple(self.waiting)
+
+    def _return_to(self, state: _State) -> None:
+        self.history, self.waiting = map(list, state)
 
     def undo(self) -> Turn:
         """Take back the last question and its answer; its pictures wait for the next. Raises ChatError if there is none."""
@@ -160,18 +186,21 @@ class ChatSession:
     def _prompt(self, question: str, pictures: tuple[Picture, ...], settings: GenerationSettings) -> Prompt:
         """The whole conversation; where that leaves too little room for an answer, without the oldest turns that show no picture."""
         chat = self.engine.chat
-        turns = list(self.history)
         room = chat.window - min(settings.max_new_tokens, chat.window // 4)
-        while True:
+        blind = [i for i, turn in enumerate(self.history) if not turn.pictures]
+
+        def without(dropped: int) -> Prompt:
+            left_out = set(blind[:dropped])
+            turns = [turn for i, turn in enumerate(self.history) if i not in left_out]
             messages = [m for turn in turns for m in (user_message(turn.question, turn.pictures), Message("assistant", (turn.answer,)))]
             shown = {p.key: p for turn in turns for p in turn.pictures} | {p.key: p for p in pictures}
-            prompt = chat.encode([*messages, user_message(question, pictures)], shown)
-            blind = next((turn for turn in turns if not turn.pictures), None)
-            if len(prompt) <= room:
-                return prompt
-            if blind is None:
-                break
-            turns.remove(blind)
+            return chat.encode([*messages, user_message(question, pictures)], shown)
+
+        if len(prompt := without(0)) <= room:
+            return prompt
+        dropped = bisect.bisect_left(range(len(blind)), True, key=lambda n: len(without(n)) <= room)
+        if len(prompt := without(dropped)) <= room:
+            return prompt
         raise ChatError(
             f"question and pictures have {len(prompt)} tokens; {chat.name} reads {chat.window} together with its answer, for which {chat.window - room} are kept: "
             "shorten the question, show fewer pictures or lower max_new_tokens."

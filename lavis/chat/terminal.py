@@ -176,12 +176,7 @@ class TerminalChat:
 
     def regen(self, _: str) -> None:
         """Answer the last question again; the old answer stays if no new one comes."""
-        history, waiting = list(self.session.history), list(self.session.waiting)
-        try:
-            self._show(self.session.regenerate())
-        finally:
-            if len(self.session.history) < len(history):
-                self.session.history, self.session.waiting = history, waiting
+        self._show(self.session.regenerate())
 
     def undo(self, _: str) -> None:
         """Take back the last question."""

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", default=os.environ.get("LAVIS_API_KEY"), metavar="KEY", help="what clients have to send (default: $LAVIS_API_KEY, else none)")
     parser.add_argument("--max-batch", type=int, default=16, help="answers decoded at once (default 16)")
     parser.add_argument("--max-waiting", type=int, default=256, help="questions that may wait; more are refused with 429 (default 256)")
-    parser.add_argument("--image-host", action="append", default=[], metavar="HOST", help="fetch images from http addresses on this host (may be repeated; default: none)")
+    parser.add_argument("--image-host", action="append", default=[], metavar="HOST", help="fetch images from http addresses on this host, or HOST:PORT (may be repeated; default: none)")
 
 
 def run(args: argparse.Namespace) -> int:

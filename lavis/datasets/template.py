@@ -32,6 +32,9 @@ IMAGE_TOKENS = (
 )
 """Tokens that may hold an image's place: made for it, or reserved and unused."""
 
+_MOST_FRAMES = 256
+"""Sequences of roles that are remembered; who chats may invent them."""
+
 
 class _Segment(NamedTuple):
     """Consecutive tokens of one sort. The system message counts as markup, as a prompt is never shortened there."""
@@ -231,6 +234,8 @@ class ChatTemplate:
             if roles[-1] == "assistant" and not ids[-1]:  # the template leaves the end to the end-of-sequence token
                 ids[-1] = (self.tokenizer.eos_token_id,)
             labels = tuple(self._markup_labels(piece, before) for piece, before in zip(ids, ("", *roles), strict=True))
+            if len(self._frames) >= _MOST_FRAMES:
+                self._frames.clear()
             self._frames[key] = _Frame(roles, tuple(ids), labels, layout.trims)
         return self._frames[key]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
 
@@ -48,11 +49,18 @@ class TextEncoder:
         Needed where the setting above does not help: Unigram models whose vocabulary spells a control token, and control
         tokens that were added as ordinary ones.
         """
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        found = next((i for i, token in enumerate(encoding.ids) if token in self._forbidden), None)
-        if found is None:
-            return encoding.ids
-        start, end = encoding.offsets[found]
-        if end - start <= 1:  # a single character that is a control token has no other spelling: leave it out
-            return self._encode_broken(text[:start]) + self._encode_broken(text[end:])
-        return self._encode_broken(text[: start + 1]) + self._encode_broken(text[start + 1 :])
+        done: list[int] = []
+        pieces = [text]
+        while pieces:
+            piece = pieces.pop()
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            found = [encoding.offsets[i] for i, token in enumerate(encoding.ids) if token in self._forbidden]
+            if not found:
+                done += encoding.ids
+                continue
+            borders = [0, *(start + 1 for start, _ in found), len(piece)]
+            # a single character that is a control token has no other spelling: it is left out
+            single = {start for start, end in found if end - start <= 1}
+            cut = [piece[a : b - (b - 1 in single)] for a, b in itertools.pairwise(borders)]
+            pieces += [p for p in reversed(cut) if p]
+        return done

@@ -73,19 +73,22 @@ def load_llm(
         ) from error
 
 
-def free_memory(reserved: int) -> dict[int | str, int]:
-    """Device to bytes free there, with `reserved` bytes of the first GPU kept for other parts. The host is the last resort."""
+def free_memory(reserved: int, gpu: int = 0) -> dict[int | str, int]:
+    """Device to bytes free there, with `reserved` bytes of one GPU kept for other parts. The host is the last resort."""
     from accelerate.utils import get_max_memory
 
     free = get_max_memory()
-    return {device: max(0, room - reserved) if device == 0 else room for device, room in free.items()}
+    return {device: max(0, room - reserved) if device == gpu else room for device, room in free.items()}
 
 
 def spread(llm: PreTrainedModel, max_memory: dict[int | str, int]) -> None:
-    """Put the layers of a loaded `llm` on the devices of `max_memory`, each filled up to its bytes, and have their inputs follow them."""
+    """Put the layers of a loaded `llm` on the devices of `max_memory`, evenly, and have their inputs follow them."""
     from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
 
-    device_map = infer_auto_device_map(llm, max_memory, no_split_module_classes=list(llm._no_split_modules or []))
+    whole = list(llm._no_split_modules or [])
+    max_memory = get_balanced_memory(llm, max_memory, no_split_module_classes=whole, dtype=llm.dtype)
+    device_map = infer_auto_device_map(llm, max_memory, no_split_module_classes=whole)
     dispatch_model(llm, device_map)
 
 

@@ -60,7 +60,7 @@ class MiniGPT4Qwen(Blip2Base):
         """
         tokenizer = tokenizer or load_tokenizer(config)
         dtype = llm_dtype or (frozen_dtype(device) if config.freeze_llm else torch.float32)
-        free = free_memory(tower_bytes(config, DTYPES[config.vit_precision])) if config.llm_device_map == "auto" else None
+        free = _room_beside_tower(config, device) if config.llm_device_map == "auto" else None
         llm = load_llm(config.llm_model, dtype, device_map=config.llm_device_map, max_memory=free, quantization=config.llm_quantization)
         check_context(llm, config.max_txt_len)
         model = cls(config, llm, image_token_id(tokenizer), on_meta=bool(config.load_pretrained and config.pretrained))
@@ -73,9 +73,9 @@ class MiniGPT4Qwen(Blip2Base):
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu", llm_dtype: torch.dtype | None = None) -> MiniGPT4Qwen:
         """The model that `save_pretrained` or `lavis export hf` wrote, in eval mode, in the precision that suits `device` (it stays on the CPU).
 
-        llm_dtype: another type of a frozen LLM's weights. Raises CheckpointError when the folder holds something else, or not all of it.
+        llm_dtype: another type of the LLM's weights. Raises CheckpointError when the folder holds something else, or not all of it.
         """
-        model = load_model(cls, folder, llm_dtype or frozen_dtype(device))
+        model = load_model(cls, folder, frozen_dtype(device), llm_dtype)
         if torch.device(device).type == "cuda" and model.tower_frozen:
             model.cast_frozen_vit(DTYPES[model.config.vit_precision])
         return model
@@ -99,11 +99,14 @@ class MiniGPT4Qwen(Blip2Base):
         self.vit_trained |= "vit" in config.lora_parts
         self.qformer_trained |= "qformer" in config.lora_parts
 
-    def place_llm(self, llm_device_map: str) -> None:
-        """Leave the LLM on the CPU (`cpu`), or spread it over the devices that are there (`auto`); `.to(device)` moves the other parts alone from now on."""
+    def place_llm(self, llm_device_map: str, device: torch.device | str) -> None:
+        """Leave the LLM on the CPU (`cpu`), or spread it over the devices that are there (`auto`), with room for the tower on `device`.
+
+        `.to(device)` moves the other parts alone from now on.
+        """
         self.config = replace(self.config, llm_device_map=llm_device_map)
         if llm_device_map == "auto":
-            spread(self.llm_model, free_memory(tower_bytes(self.config, DTYPES[self.config.vit_precision])))
+            spread(self.llm_model, _room_beside_tower(self.config, device))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MiniGPT4Qwen:
         """What `.to(device)` does, but an LLM that `llm_device_map` has placed stays where it is."""
@@ -146,3 +149,8 @@ class MiniGPT4Qwen(Blip2Base):
         with torch.inference_mode():
             embeds = self.embed(batch)
         return generate(self.llm_model, embeds, batch.lengths, stop_token_ids, pad_token_id, **settings)
+
+
+def _room_beside_tower(config: MiniGPT4QwenConfig, device: torch.device | str) -> dict[int | str, int]:
+    """What the LLM may take of each device when the vision tower is on `device`."""
+    return free_memory(tower_bytes(config, DTYPES[config.vit_precision]), torch.device(device).index or 0)

@@ -55,8 +55,8 @@ def save_model(model: MiniGPT4Qwen, folder: str | Path, max_shard_size: int | st
     save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
-def load_model(cls: type[MiniGPT4Qwen], folder: str | Path, frozen: torch.dtype) -> MiniGPT4Qwen:
-    """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32.
+def load_model(cls: type[MiniGPT4Qwen], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None) -> MiniGPT4Qwen:
+    """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in `llm_dtype` if one is given.
 
     Raises CheckpointError when the folder is not one of the two kinds, or is incomplete.
     """
@@ -69,7 +69,7 @@ def load_model(cls: type[MiniGPT4Qwen], folder: str | Path, frozen: torch.dtype)
     else:
         config = _read_section(values["model"], where)
         llm_config, image_token_id = values["llm"], values["image_token_id"]
-    llm = _llm(llm_config, tensors, where, frozen if config.freeze_llm else torch.float32)
+    llm = _llm(llm_config, tensors, where, llm_dtype or (frozen if config.freeze_llm else torch.float32))
     model = cls(config, llm, image_token_id, on_meta=True)
     model.add_adapters()
     state = model.state_dict()

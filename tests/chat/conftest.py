@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from PIL import Image
@@ -39,3 +40,11 @@ def scene_png(seed: int) -> bytes:
 @pytest.fixture(scope="session")
 def pictures():
     return [read_picture(scene_png(seed), f"{seed}.png") for seed in range(8)]
+
+
+def is_idle(engine: Engine, seconds: float = 10) -> bool:
+    """Whether nothing is answered or waits, within `seconds`."""
+    until = time.monotonic() + seconds
+    while engine.load != (0, 0) and time.monotonic() < until:
+        time.sleep(0.05)
+    return engine.load == (0, 0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavis.chat.load import load_chat
 from lavis.common.errors import ChatError, CheckpointError, ConfigError
 from lavis.converters.trained import export_peft, open_run
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.llm import free_memory
+from lavis.models.llm import free_memory, spread
 from lavis.models.vision import Blip2Base, tower_bytes
 from tests.converters.exports import random_run
 
@@ -47,6 +48,27 @@ def test_room_is_kept_for_the_tower_on_the_first_gpu(monkeypatch):
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 24 << 30, 1: 24 << 30, "cpu": 64 << 30})
     reserved = tower_bytes(MiniGPT4QwenConfig(), torch.float16)
     assert free_memory(reserved) == {0: (24 << 30) - reserved, 1: 24 << 30, "cpu": 64 << 30}
-    assert free_memory(30 << 30)[0] == 0
+    assert free_memory(reserved, 1)[1] == (24 << 30) - reserved and free_memory(30 << 30)[0] == 0
     whole = sum(p.numel() for p in Blip2Base(MiniGPT4QwenConfig(), on_meta=True).parameters())
     assert 2 * whole < reserved - (1 << 30) < 3 * whole  # the ViT's billion in fp16, the Q-Former in fp32
+
+
+def test_layers_are_spread_evenly(monkeypatch):
+    """Over two GPUs of which one could hold nearly all: neither is filled up, as keys and values want room too."""
+    maps = []
+    monkeypatch.setattr("accelerate.dispatch_model", lambda llm, device_map: maps.append(device_map))
+    llm = Qwen2ForCausalLM(Qwen2Config(vocab_size=100, hidden_size=64, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=4))
+    size = sum(p.nbytes for p in llm.parameters())
+    spread(llm, {0: int(0.95 * size), 1: int(0.95 * size), "cpu": 10 * size})
+    layers = [device for name, device in maps[0].items() if ".layers." in name]
+    assert len(layers) == 12 and "cpu" not in maps[0].values()
+    assert abs(layers.count(0) - layers.count(1)) <= 3, layers
+
+
+def test_the_llm_s_type_is_what_is_asked_for(chat, tmp_path):
+    chat.model.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved/config.json").read_text()
+    (tmp_path / "saved/config.json").write_text(text.replace('"freeze_llm": true', '"freeze_llm": false'))
+    assert load_chat(checkpoint=tmp_path / "saved", dtype="bf16").llm.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="leave --options out"):
+        load_chat(checkpoint=tmp_path / "saved", options=["image_size=32"])

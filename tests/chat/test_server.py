@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -26,7 +28,7 @@ from lavis.chat.pictures import MAX_BYTES, read_picture
 from lavis.chat.server import build_app
 from lavis.chat.session import ChatSession
 from lavis.chat.settings import GenerationSettings
-from tests.chat.conftest import png, scene_png
+from tests.chat.conftest import is_idle, png, scene_png
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = "/v1/chat/completions"
@@ -128,28 +130,34 @@ def test_the_official_client_s_errors(client, port):
     assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
 
 
-def test_a_client_that_goes_away_ends_its_answer(port, client):
-    """Streaming or not: the place is free at once, where the answer would have taken 900 tokens."""
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_its_answer(stream, chat):
+    """The place is free long before the 900 tokens are made that were asked for."""
+    model = replace(chat)
+    vars(model)["stop_token_ids"] = frozenset()
+    engine = Engine(model)
+    step = engine._step
+    engine._step = lambda: (time.sleep(0.05), step())
+    config = uvicorn.Config(build_app(engine), port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with pytest.raises(httpx.ReadTimeout):
+        with httpx.stream("POST", f"http://127.0.0.1:{port}{CHAT}", json={"messages": [user("hi")], "max_tokens": 900, "stream": stream}, timeout=0.7 if not stream else 0.03) as response:
+            list(response.iter_lines())
+    assert is_idle(engine)
+    server.should_exit = True
+    thread.join()
+    engine.close()
+    made = next(line for line in httpx_metrics(engine, config.app) if line.startswith('lavis_tokens_total{kind="generated"}'))
+    assert float(made.split()[1]) < 300
 
-    def gauge(name):
-        lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
-        return float(next(line.split()[1] for line in lines if line.startswith(name + " ")))
 
-    endless = {"messages": [user("tell me")], "temperature": 10, "top_k": 0, "max_tokens": 900, "seed": 5}
-    headers = {"Authorization": "Bearer secret"}
-    for stream in (True, False):
-        try:
-            with httpx.stream("POST", f"http://127.0.0.1:{port}{CHAT}", json=endless | {"stream": stream}, headers=headers, timeout=0.3) as response:
-                for _ in response.iter_lines():
-                    break
-        except httpx.ReadTimeout:
-            pass
-        for _ in range(100):
-            if gauge("lavis_answers_running") == 0:
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail("the answer goes on")
+def httpx_metrics(engine, app):
+    return TestClient(app).get("/metrics").text.splitlines()
 
 
 def test_too_many_wait(served, chat):
@@ -168,6 +176,74 @@ def test_too_many_wait(served, chat):
         for thread in threads:
             thread.join()
     engine.close()
+
+
+def test_open_requests_are_counted_before_they_are_read(chat):
+    engine = Engine(chat, max_batch=1, max_waiting=1)
+    release = threading.Event()
+    step = engine._begin
+    engine._begin = lambda answer: release.wait() and step(answer)
+    with TestClient(build_app(engine, api_key="key")) as client:
+        headers = {"Authorization": "Bearer key"}
+        threads = [threading.Thread(target=client.post, args=(CHAT,), kwargs={"json": {"messages": [user("hi")]}, "headers": headers}) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.3)
+        unread = iter([b"x"] * 3)
+        assert client.post(CHAT, content=unread, headers=headers).status_code == 429
+        assert client.post(CHAT, content=b"{" * 1000).status_code == 401
+        release.set()
+        for thread in threads:
+            thread.join()
+        assert 'lavis_requests_total{status="429"} 1.0' in client.get("/metrics").text
+    engine.close()
+
+
+def test_a_slow_or_compressing_image_host_harms_nobody(served, chat, monkeypatch):
+    from lavis.chat import server
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+
+    def drip(connection):
+        asked = connection.recv(4096).decode()
+        assert "accept-encoding: identity" in asked.lower()
+        encoding = b"Content-Encoding: br\r\n" if "/br" in asked else b""
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" + encoding + b"Content-Length: 100000\r\n\r\n")
+        for _ in range(100):
+            try:
+                connection.sendall(b"x" * (70_000 if encoding else 700))
+            except OSError:
+                return
+            time.sleep(0.1)
+
+    def listen():
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=drip, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    monkeypatch.setattr(server, "FETCH_SECONDS", 2.0)
+    engine, _ = served
+    with TestClient(build_app(engine, image_hosts=(f"127.0.0.1:{port}",))) as client:
+        slow = [threading.Thread(target=_ask_about, args=(client, f"http://127.0.0.1:{port}/{i}.png")) for i in range(6)]
+        for thread in slow:
+            thread.start()
+        started = time.monotonic()
+        assert client.post(CHAT, json={"messages": [user("hi", scene_png(1))]}).status_code == 200
+        assert time.monotonic() - started < 1.5
+        assert "not sent as it is" in _ask_about(client, f"http://127.0.0.1:{port}/br").json()["error"]["message"]
+        for thread in slow:
+            thread.join()
+        assert time.monotonic() - started < 15
+    listening.close()
+
+
+def _ask_about(client, url):
+    return client.post(CHAT, json={"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]})
 
 
 def test_a_failing_model_is_no_fault_of_the_request(served, monkeypatch):
@@ -189,7 +265,7 @@ def test_images_are_fetched_from_named_hosts_alone(chat, tmp_path):
     ask = lambda client, url: client.post(CHAT, json={"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]})  # noqa: E731
     try:
         time.sleep(1)
-        with TestClient(build_app(engine)) as closed, TestClient(build_app(engine, image_hosts=("127.0.0.1",))) as opened:
+        with TestClient(build_app(engine)) as closed, TestClient(build_app(engine, image_hosts=(f"127.0.0.1:{port}",))) as opened:
             assert "not fetched" in ask(closed, f"http://127.0.0.1:{port}/a.png").json()["error"]["message"]
             assert ask(opened, f"http://127.0.0.1:{port}/a.png").status_code == 200
             for url in (f"http://127.0.0.1:{port}/none.png", f"http://localhost:{port}/a.png", f"http://127.0.0.1@localhost:{port}/a.png", "http://127.0.0.1:1/a.png", "http://[bad"):
@@ -254,6 +330,9 @@ def hostile_requests() -> list[tuple[str, object]]:
     bodies += [("image of others", {"messages": [{"role": role, "content": [picture]}, good]}) for role in ("system", "assistant", "developer")]
     bodies += [("huge", {"messages": m}) for m in ([user("x" * 1_100_000)], [user("word " * 3000)], [good, {"role": "assistant", "content": "x"}] * 600 + [good], [user("hi", *[scene_png(1)] * 70)], [user("<|im_end|>" * 5000)], [user("\U0001f600" * 5000)], [user("�" * 9000)])]
     bodies += [("no JSON", raw) for raw in (b"", b"{", b"null", b"[]", b"5", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b"[" * 100_000, b'{"a":' * 50_000, b"{'messages': []}", b"\x00" * 100, b"a=b&c=d", b"<?xml version='1.0'?>", "{“messages”: []}".encode())]
+    bodies += [("not ASCII", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,é"}}]}]})]
+    bodies += [("not there", {"messages": [good], key: value}) for key, value in (("functions", [{}]), ("logit_bias", {"1": 5}), ("frequency_penalty", 1), ("presence_penalty", -1), ("top_logprobs", 3))]
+    bodies += [("many parts", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 5000}]})]
     bodies += [("NaN", b'{"messages": [{"role": "user", "content": "hi"}], "temperature": %s}' % value) for value in (b"NaN", b"Infinity", b"-Infinity")]
     return bodies
 
@@ -276,9 +355,24 @@ def test_hostile_input_gets_a_4xx_with_a_message_and_the_server_goes_on(served):
     for what, body, response in answers:
         assert 400 <= response.status_code < 500, (what, str(body)[:300], response.status_code, response.text)
         assert len(response.json()["error"]["message"]) > 5, (what, str(body)[:300], response.text)
-        assert "Traceback" not in response.text and "/work" not in response.text
+        assert "Traceback" not in response.text and str(ROOT) not in response.text
     assert client.post(CHAT, json={"messages": [user(QUESTIONS[0], scene_png(0))]}).status_code == 200
-    assert engine.load == (0, 0)
+    assert is_idle(engine)
+
+
+def test_what_asks_for_nothing_is_taken(served):
+    nothing = {"n": 1, "tools": [], "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}, "user": "me", "metadata": {}}
+    assert served[1].post(CHAT, json={"messages": [user("hi")], **nothing}).status_code == 200
+
+
+def test_the_same_image_many_times_is_decoded_once(served, monkeypatch):
+    from lavis.chat import server
+
+    decoded = []
+    read = server.picture_from_url
+    monkeypatch.setattr(server, "picture_from_url", lambda url: decoded.append(url) or read(url))
+    assert served[1].post(CHAT, json={"messages": [user("hi", *[scene_png(4)] * 8)]}).status_code == 200
+    assert len(decoded) == 1
 
 
 def test_control_tokens_are_text(served):

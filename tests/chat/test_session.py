@@ -41,7 +41,7 @@ def ask(session: ChatSession, question: str, *pictures) -> str:
     return "".join(session.ask(question, pictures))
 
 
-def stock_answer(model, processor, messages, most: int) -> list[int]:
+def stock_answer(model, processor, messages, most: int, **shape) -> list[int]:
     """What stock transformers answers to the whole conversation, read anew."""
     inputs = processor.apply_chat_template(
         messages,
@@ -54,6 +54,7 @@ def stock_answer(model, processor, messages, most: int) -> list[int]:
     )
     settings = copy.deepcopy(model.generation_config)
     settings.do_sample, settings.max_new_tokens = False, most
+    settings.update(**shape)
     ids = model.generate(**inputs, generation_config=settings)[0, inputs["input_ids"].shape[1] :].tolist()
     return [i for i in ids if i not in settings.eos_token_id]
 
@@ -71,6 +72,17 @@ def test_every_turn_equals_transformers_over_the_whole_conversation(engine, expo
         assert answer == session.history[-1].answer != ""
         assert (reply.answer.cached_tokens > 0) == (turn > 0)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+
+
+@pytest.mark.parametrize("shape", [{"repetition_penalty": 1.4}, {"repetition_penalty": 1.4, "num_beams": 3}, {"num_beams": 4}])
+def test_penalty_and_beams_are_transformers_own(engine, export, pictures, shape):
+    model = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(export, backend="pil")
+    for question in QUESTIONS[:4]:
+        message = {"role": "user", "content": [{"type": "image", "image": pictures[1].image}, {"type": "text", "text": question}]}
+        reply = ChatSession(engine, GenerationSettings(max_new_tokens=24, top_k=0, **shape)).ask(question, [pictures[1]])
+        list(reply)
+        assert reply.answer.ids == stock_answer(model, processor, [message], 24, **shape)
 
 
 def test_a_turn_reads_its_new_tokens_alone_and_a_picture_is_encoded_once(engine, pictures, monkeypatch):
@@ -188,6 +200,33 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(engine, pictures):
     next(pieces)
     pieces.close()  # the reader goes away
     assert len(session.history) == 2
+
+
+def test_where_nothing_comes_nothing_is_lost(engine, pictures, monkeypatch):
+    session = ChatSession(engine)
+    reply = session.ask(QUESTIONS[0], [pictures[0]])
+    reply.stop()  # before anyone listened
+    assert list(reply) == [] and session.history == [] and session.waiting == [pictures[0]]
+    answer = ask(session, QUESTIONS[0])
+    monkeypatch.setattr(engine, "_embed", lambda *_: 1 / 0)
+    for begin in (session.regenerate, lambda: session.ask(QUESTIONS[1], [pictures[1]])):
+        with pytest.raises(ChatError, match="ZeroDivisionError"):
+            list(begin())
+        assert session.history == [Turn(QUESTIONS[0], answer, (pictures[0],))]
+    assert session.waiting == [pictures[1]]
+    monkeypatch.undo()
+    assert ask(session, QUESTIONS[1])
+    assert list(reply.answer) == list(reply.answer)  # asked again, an answer ends again
+
+
+def test_finding_what_to_leave_out_takes_few_encodings(engine, monkeypatch):
+    session = ChatSession(engine, GenerationSettings(max_new_tokens=4))
+    session.history = [Turn(f"{i} tell me more about it", "yes") for i in range(500)]
+    encoded = []
+    encode = type(engine.chat).encode
+    monkeypatch.setattr(type(engine.chat), "encode", lambda self, messages, shown: encoded.append(len(messages)) or encode(self, messages, shown))
+    list(session.ask("more?"))
+    assert len(encoded) < 15
 
 
 def test_saved_and_loaded(engine, pictures, tmp_path):

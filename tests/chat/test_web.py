@@ -143,7 +143,7 @@ def test_a_login_guards_everything(engine):
 def slow(chat, monkeypatch):
     """The page in this process, on an engine that takes its time and does not end by itself."""
     engine = Engine(replace(chat))
-    engine.chat.template.stop_token_ids = ()
+    vars(engine.chat)["stop_token_ids"] = frozenset()
     step = engine._step
     monkeypatch.setattr(engine, "_step", lambda: (time.sleep(0.03), step()))
     page = web.serve_page(engine, port=free_port(), block=False)
