@@ -95,7 +95,10 @@ class TerminalChat:
         known[name].run(self, argument.strip())
 
     def _show(self, reply: Reply) -> None:
-        self.screen.stream(reply, self.text("thinking"))
+        try:
+            self.screen.stream(reply, self.text("thinking"))
+        finally:
+            reply.stop()  # also where Ctrl-C came before the first piece was asked for
         answer = reply.answer
         if answer.finish_reason == "length" and len(answer.ids) >= answer.settings.max_new_tokens:
             self.say("cut", tokens=len(answer.ids), more=4 * len(answer.ids))
