@@ -150,7 +150,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             results = measure(Path(name), size, args.turns, args.tokens, args.repeats)
         base = results["session"]
-        print(f"LLM {size} {LLMS[size]}, question of some 40 tokens, answers of {args.tokens}")
+        print(f"LLM {size} {LLMS[size]}, question of some 45 tokens, answers of {args.tokens}")
         for way, turns in results.items():
             for turn in [t for t in SHOWN if t in turns]:
                 first, rate = turns[turn]

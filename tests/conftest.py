@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "from lavis.runners.deepspeed_runner import build_operators, find_ninja; find_ninja(); build_operators()"
 
-SLOW = ("test_resume", "test_demo", "test_equivalence", "test_tutorials", "test_readme", "test_runner")
+SLOW = ("test_resume", "test_web", "test_demo", "test_equivalence", "test_tutorials", "test_readme", "test_runner")
 """Modules of minutes; they begin first, so that two workers end at the same time."""
 
 
