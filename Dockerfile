@@ -7,7 +7,7 @@ RUN apt-get update \
 
 WORKDIR /lavis
 COPY . .
-RUN make install && .venv/bin/python -m pip install --no-cache-dir -c constraints.txt -e '.[deepspeed,quant]'
+RUN make install && .venv/bin/python -m pip install --no-cache-dir -c constraints.txt -e '.[deepspeed,quant,chat]'
 
 ENV PATH=/lavis/.venv/bin:$PATH
 CMD ["bash"]

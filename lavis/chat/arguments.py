@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lavis.chat.model import ChatModel
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Addresses that only this machine reaches."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,3 +47,15 @@ def open_chat(args: argparse.Namespace) -> ChatModel:
         dtype=args.dtype,
         options=args.options,
     )
+
+
+def check_address(host: str, port: int) -> None:
+    """Before a large model is loaded for nothing. Raises ConfigError if nothing can listen there."""
+    from lavis.common.errors import ConfigError
+
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as e:
+        raise ConfigError(f"nothing can listen on {host}:{port} ({e}): give another --host or --port.") from e

@@ -13,6 +13,7 @@ import torch
 from lavis.chat.model import ChatModel
 from lavis.common.config import load_model_config, load_preprocess_config
 from lavis.common.errors import ChatError, CheckpointError, ConfigError
+from lavis.common.files import missing_of, model_files
 from lavis.common.json_file import read_json
 from lavis.common.paths import resolve
 from lavis.common.registries import MODELS
@@ -127,6 +128,9 @@ def _of_type(
     elif not resolve(file).is_file():
         raise CheckpointError(f"there is no checkpoint {resolve(file)}: give a model.pth, a run's folder or an exported folder.")
     config = replace(config, **changes, llm_grad_checkpoint=False)
+    if missing := missing_of(model_files(config)):
+        lines = "\n".join(f"  {key}: {path}" for key, path in missing)
+        raise CheckpointError(f"{model_type} needs files that are not there:\n{lines}\nPut them there, or name others with --options, such as llm_model=FOLDER (docs/weights.md).")
     tokenizer = load_tokenizer(config)
     model = MiniGPT4Qwen.from_config(config, tokenizer, device, None if config.llm_quantization else dtype)
     if adapters:

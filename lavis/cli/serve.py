@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 
-from lavis.chat.arguments import add_model_arguments
+from lavis.chat.arguments import LOOPBACK, add_model_arguments, check_address
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_batch", "max_waiting"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1.")
+    check_address(args.host, args.port)
     from lavis.chat.arguments import open_chat
     from lavis.chat.engine import Engine
     from lavis.chat.server import build_app, serve
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     setup_logging()
     engine = Engine(open_chat(args), max_batch=args.max_batch, max_waiting=args.max_waiting)
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
+    if args.host not in LOOPBACK and not args.api_key:
         print(f"warning: {args.host} can be reached from other machines, and no --api-key is asked for.", file=sys.stderr)
     print(f"{engine.chat.name} answers at http://{args.host}:{args.port}/v1 (Ctrl-C ends)", flush=True)
     serve(build_app(engine, api_key=args.api_key, image_hosts=tuple(args.image_host)), args.host, args.port)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import tempfile
 
-from lavis.chat.arguments import add_model_arguments
+from lavis.chat.arguments import LOOPBACK, add_model_arguments, check_address
 from lavis.common.errors import ConfigError
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     logins = [_login(text) for text in args.auth]
     if args.max_batch < 1:
         raise ConfigError(f"--max-batch {args.max_batch}: at least one answer at a time.")
-    _check_address(args.host, args.port)
+    check_address(args.host, args.port)
     if not logins and (args.share or args.host not in LOOPBACK):
         print("warning: whoever reaches this page can use the model: --auth USER:PASSWORD asks for a login.", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the exits below
@@ -61,13 +58,3 @@ def _login(text: str) -> tuple[str, str]:
     if not (user and colon and password):
         raise ConfigError("--auth takes USER:PASSWORD, such as --auth ada:secret.")
     return user, password
-
-
-def _check_address(host: str, port: int) -> None:
-    """Before a large model is loaded for nothing."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except (OSError, OverflowError) as e:
-        raise ConfigError(f"the page can't listen on {host}:{port} ({e}): give another --host or --port.") from e

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +14,7 @@ from lavis.models.configs import Blip2QFormerStage1Config, CausalLMConfig, MiniG
 
 if TYPE_CHECKING:
     from lavis.common.config import Recipe
+    from lavis.common.schema import ModelConfig
 
 Kind = Literal["weights", "llm", "tokenizer", "annotations", "images", "checkpoint"]
 MADE_HERE = "shapes/"
@@ -56,7 +57,7 @@ def needed_files(recipe: Recipe) -> list[NeededFile]:
 
     A dataset that generates itself needs none.
     """
-    files = list(_model_files(recipe))
+    files = list(model_files(recipe.model))
     for name in recipe.datasets:
         if not generates_itself(name):
             files += _dataset_files(recipe, name)
@@ -66,7 +67,12 @@ def needed_files(recipe: Recipe) -> list[NeededFile]:
 
 def missing_files(recipe: Recipe) -> list[tuple[str, Path]]:
     """(dotted key, path where it belongs) of what `recipe` needs and is not there; names on the hub are left out."""
-    placed = [(file, path) for file in needed_files(recipe) if (path := file.path)]
+    return missing_of(needed_files(recipe))
+
+
+def missing_of(files: Iterable[NeededFile]) -> list[tuple[str, Path]]:
+    """As `missing_files`, of these."""
+    placed = [(file, path) for file in files if (path := file.path)]
     return [(file.key, path) for file, path in placed if not is_complete(path, file.kind)]
 
 
@@ -83,8 +89,8 @@ def is_complete(path: Path, kind: Kind) -> bool:
     return any(Path(name).suffix in _WEIGHT_SUFFIXES for name in names)
 
 
-def _model_files(recipe: Recipe) -> Iterator[NeededFile]:
-    model = recipe.model
+def model_files(model: ModelConfig) -> Iterator[NeededFile]:
+    """What a `model` section names."""
     kinds: dict[str, Kind] = {}
     if isinstance(model, VisionConfig):
         kinds |= {"vit_pretrained": "weights", "pretrained": "weights"} if model.load_pretrained else {}

@@ -20,6 +20,8 @@ def test_nothing_named_is_told():
         load_chat()
     with pytest.raises(CheckpointError, match=r"no checkpoint .*none\.pth"):
         load_chat(checkpoint="none.pth")
+    with pytest.raises(CheckpointError, match=r"qwen14b_chat needs files[\s\S]*eva_vit_g.pth[\s\S]*Qwen-14B-Chat"):
+        load_chat(model_type="qwen14b_chat", checkpoint="shapes/aligned/projection.safetensors")
     with pytest.raises(ConfigError, match="Did you mean"):
         load_chat(model_type="qwen7b")
 

@@ -28,6 +28,7 @@ from lavis.chat.pictures import MAX_BYTES, read_picture
 from lavis.chat.server import build_app
 from lavis.chat.session import ChatSession
 from lavis.chat.settings import GenerationSettings
+from lavis.cli import main
 from tests.chat.conftest import is_idle, png, scene_png
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -399,6 +400,12 @@ def test_upright_and_in_rgb(served):
     files = [png(scene), turned, png(scene.convert("RGBA")), png(scene.quantize(256))]
     answers = [client.post(CHAT, json={"messages": [user(QUESTIONS[0], data)]}).json()["choices"][0]["message"]["content"] for data in files]
     assert len(set(answers)) == 1, answers
+
+
+@pytest.mark.parametrize(("flags", "message"), [(["--port", "99999"], "nothing can listen"), (["--host", "256.1.1.1"], "nothing can listen"), (["--max-batch", "0"], "at least 1")])
+def test_wrong_flags_are_told_before_a_model_is_loaded(flags, message, capsys):
+    assert main(["serve", "--model-type", "shapes", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_settings_of_requests(served):
