@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,6 +32,7 @@ def test_precision_and_checkpointing(tmp_path):
             assert error[weights, precision, "yes"] == error[weights, precision, "no"] <= (0 if precision == "fp32" else 0.01)
 
 
+@pytest.mark.slow
 def test_zero_and_pipeline(tmp_path, deepspeed_operators):
     text = output_of("zero_and_pipeline", tmp_path)
     shares = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)% of the weights +(\d+)% of AdamW's state", text)]

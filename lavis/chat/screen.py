@@ -6,7 +6,9 @@ import base64
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
@@ -70,7 +72,8 @@ class Screen:
 
     def stream(self, reply: Reply, thinking: str = "") -> None:
         """Show the answer while it comes. On Ctrl-C what has come stays, and KeyboardInterrupt is raised."""
-        with closing(iter(reply)) as pieces, _silent_keyboard() if self.interactive else nullcontext():
+        quiet = _silent_keyboard() if self.interactive else nullcontext()
+        with _ctrl_c_ends(reply), closing(iter(reply)) as pieces, quiet:
             if self.markdown:
                 self._typeset(pieces, thinking)
             else:
@@ -196,3 +199,27 @@ def _half_blocks(image: Image.Image, columns: int) -> str:
         pairs = ((pixels[x, y], pixels[x, y + 1]) for x in range(columns))
         lines.append("".join("\033[38;2;{};{};{};48;2;{};{};{}m▀".format(*upper, *lower) for upper, lower in pairs) + "\033[0m")
     return "\n".join(lines)
+
+
+@contextmanager
+def _ctrl_c_ends(reply: Reply) -> Iterator[None]:
+    """Ctrl-C ends the answer, and KeyboardInterrupt is raised when all is drawn: raised in the middle it can be lost in a destructor. Pressed again, at once."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    pressed = False
+
+    def stop(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        reply.answer.leave()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt

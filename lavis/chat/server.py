@@ -129,7 +129,7 @@ class Guard:
 def build_app(engine: Engine, *, api_key: str | None = None, image_hosts: tuple[str, ...] = ()) -> FastAPI:
     """The API over `engine`. With `api_key`, /v1 wants it as a bearer token; images are fetched from `image_hosts` alone."""
     app = FastAPI(title="lavis", docs_url=None, redoc_url=None, openapi_url=None)
-    metrics, kitchen = Metrics(engine), Kitchen(engine.chat, image_hosts)
+    metrics, prompts = Metrics(engine), PromptBuilder(engine.chat, image_hosts)
     app.add_middleware(Guard, metrics=metrics, api_key=api_key, most_open=engine.max_batch + engine.max_waiting)
     name, started = engine.chat.name, int(time.time())
     card = {"id": name, "object": "model", "created": started, "owned_by": "lavis"}
@@ -155,20 +155,20 @@ def build_app(engine: Engine, *, api_key: str | None = None, image_hosts: tuple[
 
     @app.post(CHAT_PATH)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await _Exchange(engine, metrics, body, request).answer(body, kitchen)
+        return await _Exchange(engine, metrics, body, request).answer(body, prompts)
 
     _add_error_handlers(app)
     return app
 
 
-class Kitchen:
+class PromptBuilder:
     """Makes prompts of requests: images first. Few at a time decode images, which bounds their memory; text waits for nobody."""
 
     def __init__(self, chat: ChatModel, image_hosts: tuple[str, ...]) -> None:
         self.chat, self.image_hosts = chat, image_hosts
         self.decoding, self.fetching, self.encoding = map(CapacityLimiter, (PREPARED_AT_ONCE, FETCHED_AT_ONCE, PREPARED_AT_ONCE))
 
-    async def prompt(self, body: ChatRequest) -> Prompt:
+    async def build(self, body: ChatRequest) -> Prompt:
         """The prompt of a request. Raises ChatError for what can't be read."""
         pictures: dict[str, Picture] = {}
         deadline = time.monotonic() + FETCH_SECONDS
@@ -194,12 +194,12 @@ class _Exchange:
         self.completion = Completion(engine.chat.name)
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    async def answer(self, body: ChatRequest, kitchen: Kitchen) -> Response:
+    async def answer(self, body: ChatRequest, prompts: PromptBuilder) -> Response:
         chat, stream = self.engine.chat, body.stream
         if body.model not in (None, "", "default", chat.name):
             raise HTTPException(404, f"there is no model {body.model[:100]!r}; this is {chat.name!r}.")
         settings, seed = body.settings(chat.defaults), 42 if body.seed is None else body.seed
-        prompt = await kitchen.prompt(body)
+        prompt = await prompts.build(body)
         body.messages.clear()  # megabytes of images, while it waits
         loop = asyncio.get_running_loop()
         self.pending = self.engine.submit(prompt, settings, seed=seed, sink=lambda token: loop.call_soon_threadsafe(self.tokens.put_nowait, token))
@@ -252,8 +252,9 @@ class _Exchange:
     async def _stream(self, first: int | None) -> AsyncIterator[str]:
         yield _event(self.completion.chunk({"role": "assistant", "content": ""}))
         try:
-            async for piece in self._pieces(first):
-                yield _event(self.completion.chunk({"content": piece}))
+            async with contextlib.aclosing(self._pieces(first)) as pieces:
+                async for piece in pieces:
+                    yield _event(self.completion.chunk({"content": piece}))
         except LavisError as error:
             yield _event(_error_body(500, str(error)))
             return
@@ -298,7 +299,7 @@ def fetch(url: str, hosts: tuple[str, ...], deadline: float) -> bytes:
             response.raise_for_status()
             if response.has_redirect_location or response.headers.get("content-encoding", "identity") != "identity":
                 raise ChatError(f"the image at {place} is not sent as it is.")
-            for piece in response.iter_raw(1 << 16):
+            for piece in response.iter_raw():
                 data += piece
                 if len(data) > MAX_BYTES or time.monotonic() > deadline:
                     raise ChatError(f"the image at {place} has more than {MAX_BYTES >> 20} MiB or takes more than {FETCH_SECONDS:.0f} s.")

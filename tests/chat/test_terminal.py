@@ -36,13 +36,13 @@ class Typist:
     """Types into `python *command` on a pseudo-terminal and reads what it shows, without colours."""
 
     def __init__(self, command, folder, **more):
-        self.child = pexpect.spawn(sys.executable, command, env=environment(folder, **more), cwd=folder, dimensions=(40, 120), encoding="utf-8", timeout=120)
+        self.child = pexpect.spawn(sys.executable, command, env=environment(folder, **more), cwd=folder, dimensions=(40, 120), encoding="utf-8", timeout=60)
         self.shown = ""
 
     def read(self, until):
         """Everything up to `until`; what was shown after it is for the next call."""
         while until not in self.shown:
-            self.child.expect(r"[\s\S]+")
+            assert self.child.expect([r"[\s\S]+", pexpect.TIMEOUT]) == 0, f"no {until!r} in {self.shown!r}"
             self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.child.after).replace("\r", "")
         head, found, self.shown = self.shown.partition(until)
         return head + found

@@ -87,7 +87,7 @@ RUNNERS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "ZeRO-2" else []) for name in RUNNERS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("ZeRO") else []) for name in RUNNERS])
 def test_two_ranks_resume_too(cache, tmp_path, name):
     options = RUNNERS[name]
     whole = tmp_path / "whole"
