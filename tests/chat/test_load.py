@@ -6,12 +6,17 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from lavis.chat.engine import Engine
 from lavis.chat.load import load_chat
+from lavis.chat.session import ChatSession
+from lavis.common.config import load_recipe
 from lavis.common.errors import ChatError, CheckpointError, ConfigError
 from lavis.converters.trained import export_peft, open_run
+from lavis.models.causal_lm import CausalLM
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.llm import free_memory, spread
 from lavis.models.vision import Blip2Base, tower_bytes
+from lavis.runners.checkpoint import TrainState, save_checkpoint
 from tests.converters.exports import random_run
 
 
@@ -74,3 +79,17 @@ def test_the_llm_s_type_is_what_is_asked_for(chat, tmp_path):
     assert load_chat(checkpoint=tmp_path / "saved", dtype="bf16").llm.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="leave --options out"):
         load_chat(checkpoint=tmp_path / "saved", options=["image_size=32"])
+
+
+def test_a_text_only_run(chat, engine, tmp_path):
+    """What shapes/llm_b trains: an LLM made from its dimensions."""
+    recipe = load_recipe("shapes/llm_b", ["model.tokenizer=shapes/llm_b"])
+    tensors = {name: p.detach().float() for name, p in CausalLM(chat.llm).named_parameters()}
+    save_checkpoint(tmp_path / "run/checkpoints", TrainState(1, 1), tensors, {}, recipe.to_yaml())
+    text = load_chat(run=tmp_path / "run")
+    assert not text.sees
+    other = Engine(text)
+    assert "".join(ChatSession(other).ask("hello")) == "".join(ChatSession(engine).ask("hello"))
+    with pytest.raises(ChatError, match="text only"):
+        ChatSession(other).attach(object())
+    other.close()
