@@ -128,8 +128,6 @@ class Engine:
         self._waiting: deque[Answer] = deque()
         self._rows: list[_Row] = []
         self._cache = None
-        self._alone: Answer | None = None
-        """An answer that transformers generates."""
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="lavis-engine", daemon=True)
@@ -173,8 +171,6 @@ class Engine:
         """End all answers and free the thread."""
         with self._wake:
             self._closed = True
-            if self._alone:
-                self._alone.cancel()
             self._wake.notify()
         self._thread.join()
 
@@ -318,9 +314,9 @@ class Engine:
     def _answer_whole(self, answer: Answer) -> None:
         """Let transformers generate: for beams, and for LLMs whose memory can't be cut."""
         s, prompt, chat = answer.settings, answer.prompt, self.chat
+        cancelled = lambda: answer.cancelled or self._closed  # noqa: E731
         drawn = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k} if s.do_sample else {"temperature": None, "top_p": None, "top_k": None}
         devices = [chat.device] if chat.device.type == "cuda" else []
-        self._alone = answer
         with torch.random.fork_rng(devices):
             torch.manual_seed(answer.seed)
             (ids,) = generate(
@@ -334,14 +330,13 @@ class Engine:
                 num_beams=s.num_beams,
                 repetition_penalty=1.0,
                 logits_processor=[_Penalty(s.repetition_penalty, prompt.ids)] if s.repetition_penalty != 1 else [],
-                stopping_criteria=[_Cancelled(answer)],
+                stopping_criteria=[_When(cancelled)],
                 **drawn,
             )
-        self._alone = None
         for token in ids:
             answer.give(token)
         full = len(ids) >= min(s.max_new_tokens, chat.window - len(prompt))
-        answer.end("cancelled" if answer.cancelled else "length" if full else "stop")
+        answer.end("cancelled" if cancelled() else "length" if full else "stop")
 
 
 class _Penalty(LogitsProcessor):
@@ -355,12 +350,14 @@ class _Penalty(LogitsProcessor):
         return self.penalise(torch.cat([prompt, input_ids], 1), scores)
 
 
-class _Cancelled(StoppingCriteria):
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
+class _When(StoppingCriteria):
+    """Ends generation when `condition` holds."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        self.condition = condition
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.answer.cancelled, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self.condition(), device=input_ids.device)
 
 
 def _told(error: Exception) -> ChatError:

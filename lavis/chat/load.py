@@ -97,17 +97,17 @@ def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, llm_devic
         model.place_llm(llm_device_map, device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = exported_tokenizer(folder) if has_tokenizer else load_tokenizer(config)
-    return _ready(folder.name, model, tokenizer, _exported_processor(folder, config.image_size), device)
+    return _ready(folder.name, model, tokenizer, _exported_processor(folder, config), device)
 
 
-def _exported_processor(folder: Path, image_size: int) -> EvalImage:
-    """As `lavis export hf` wrote it; that of BLIP-2 for a folder of save_pretrained, which has none."""
+def _exported_processor(folder: Path, config: MiniGPT4QwenConfig) -> EvalImage:
+    """As `lavis export hf` wrote it; that of the model's type for a folder of save_pretrained, which has none."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             values = read_json(folder / name)
             values = values.get("image_processor", values)
             return EvalImage(values["size"]["height"], tuple(values["image_mean"]), tuple(values["image_std"]))
-    return EvalImage(image_size)
+    return replace(image_processor(load_preprocess_config(config.arch, config.model_type).vis_processor.eval), image_size=config.image_size)
 
 
 def _of_type(

@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lavis.chat.engine import Engine
 from lavis.chat.load import load_chat
-from lavis.chat.model import ChatModel
 from lavis.chat.session import ChatSession, Turn
 from lavis.chat.settings import GenerationSettings
 from lavis.common.config import load_recipe
@@ -107,8 +106,7 @@ def test_the_same_model_from_whatever_holds_it(source, run, export, chat, engine
     if source == "saved":
         chat.model.save_pretrained(tmp_path / "saved")
         loaded = load_chat(checkpoint=tmp_path / "saved")
-        assert loaded.processor.image_size == 64
-        loaded = ChatModel(loaded.name, loaded.model, chat.tokenizer, loaded.num_query_token, chat.processor, loaded.device)  # the folder holds neither
+        assert loaded.processor == chat.processor
     elif source == "pth":
         torch.save({"model": read_tensors("shapes/aligned/projection.safetensors")}, tmp_path / "model.pth")
         loaded = load_chat(checkpoint=tmp_path / "model.pth", model_type="shapes")
