@@ -1,4 +1,6 @@
-"""Talk with a trained model in the terminal: `python cli_demo.py -c model.pth`, or `--model-type shapes` for the one that is included."""
+"""Talk with a trained model in the terminal: `python cli_demo.py -c model.pth`, or `--model-type shapes` for the one
+that is included.
+"""
 
 import sys
 

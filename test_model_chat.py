@@ -1,9 +1,11 @@
-"""Smoke test of a model: `python test_model_chat.py [flags of cli_demo.py]` answers one question about a picture that is included."""
+"""Smoke test of a model: `python test_model_chat.py [flags of cli_demo.py]` answers one question about a picture that
+is included.
+"""
 
 import sys
 
 from lavis.cli import main
-from lavis.common.paths import ASSETS_ROOT
+from lavis.core.paths import ASSETS_ROOT
 
 if __name__ == "__main__":
     picture = str(ASSETS_ROOT / "shapes" / "pictures" / "green_stars.png")

@@ -1,4 +1,6 @@
-"""Train a recipe over a pipeline: `torchrun --nproc_per_node=2 train_pipeline.py --cfg-path RECIPE --num-stages 2 [--options key=value ...]`."""
+"""Train a recipe over a pipeline: `torchrun --nproc_per_node=2 train_pipeline.py --cfg-path RECIPE --num-stages 2
+[--options key=value ...]`.
+"""
 
 import sys
 

@@ -1,7 +1,9 @@
 """Time to the first token and tokens per second over a conversation: python benchmarks/chat.py [--llm small medium]
 
-A session that keeps keys and values, against reading the whole conversation and its pictures anew at each turn, once with this program's own generation (as the
-original does) and once with stock transformers on the exported model. Random LLMs with the tower of the shapes world; each turn the three answer the same
+A session that keeps keys and values, against reading the whole conversation and its pictures anew at each turn, once
+with this program's own generation (as the
+original does) and once with stock transformers on the exported model. Random LLMs with the tower of the shapes world;
+each turn the three answer the same
 question one after the other, so that what else the machine does slows all of them. Medians over repeated conversations.
 """
 
@@ -20,20 +22,20 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from lavis.chat.engine import Engine
-from lavis.chat.load import load_chat
-from lavis.chat.model import ChatModel
-from lavis.chat.pictures import open_picture
-from lavis.chat.session import ChatSession
-from lavis.chat.settings import GenerationSettings
-from lavis.common.config import load_recipe
-from lavis.common.paths import ASSETS_ROOT
-from lavis.converters.hf_export import export_hf
-from lavis.converters.trained import open_run
-from lavis.datasets.assemble import load_tokenizer
+from lavis.config.recipe import load_recipe
+from lavis.core.paths import ASSETS_ROOT
+from lavis.data.assemble import load_tokenizer
+from lavis.export.hf import export_hf
+from lavis.export.trained import open_run
+from lavis.generation.engine import Engine
+from lavis.generation.model import ChatModel
+from lavis.generation.pictures import open_picture
+from lavis.generation.settings import GenerationSettings
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.llm import generate
-from lavis.runners.checkpoint import TrainState, identity, save_checkpoint
+from lavis.runs.checkpoint import TrainState, identity, save_checkpoint
+from lavis.serve.load import load_chat
+from lavis.serve.session import ChatSession
 
 LLMS = {"small": (768, 2048, 12), "medium": (1280, 3456, 14)}
 """Width, width of the MLP, blocks."""
@@ -71,7 +73,10 @@ def make_run(folder: Path, size: str) -> Path:
     tokenizer.save_pretrained(folder / "llm")
     recipe = load_recipe("shapes/align", [f"model.llm_model={folder / 'llm'}"])
     tensors = {"llm_proj.weight": 0.1 * torch.randn(width, 128), "llm_proj.bias": torch.zeros(width)}
-    frozen = {"llm_model": identity(folder / "llm"), "pretrained": identity(ASSETS_ROOT / "shapes/tower/tower.safetensors")}
+    frozen = {
+        "llm_model": identity(folder / "llm"),
+        "pretrained": identity(ASSETS_ROOT / "shapes/tower/tower.safetensors"),
+    }
     save_checkpoint(folder / "run/checkpoints", TrainState(1, 1, frozen=frozen), tensors, {}, recipe.to_yaml())
     return folder / "run"
 
@@ -92,7 +97,17 @@ def ask_anew(chat: ChatModel, prompt, tokens: int) -> tuple[list[float], float]:
     clock, started = Clock(), time.perf_counter()
     with torch.inference_mode():
         embeds = chat.embed(prompt.ids, [chat.model.encode_images(chat.pixels(p))[0] for p in prompt.pictures])
-    generate(chat.llm, embeds, [len(prompt)], STOPS, 0, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+    generate(
+        chat.llm,
+        embeds,
+        [len(prompt)],
+        STOPS,
+        0,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        streamer=clock,
+    )
     return clock.times, started
 
 
@@ -101,19 +116,30 @@ def ask_stock(model, processor, messages: list, tokens: int) -> tuple[list[float
     clock, started = Clock(), time.perf_counter()
     template = processor.tokenizer.chat_template
     inputs = processor.apply_chat_template(
-        messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"add_special_tokens": False}
+        messages,
+        chat_template=template,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"add_special_tokens": False},
     )
     model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
     return clock.times, started
 
 
-def measure(folder: Path, size: str, turns: int, tokens: int, repeats: int) -> dict[str, dict[int, tuple[float, float]]]:
+def measure(
+    folder: Path, size: str, turns: int, tokens: int, repeats: int
+) -> dict[str, dict[int, tuple[float, float]]]:
     """Way to turn to (seconds to the first token, tokens per second after it)."""
     run = make_run(folder, size)
     export_hf(open_run(run), folder / "hf")
     chat = load_chat(run=run)
     vars(chat)["stop_token_ids"] = frozenset()  # a random LLM may stop anywhere; here each answer has its full length
-    stock, processor = AutoModelForImageTextToText.from_pretrained(folder / "hf", dtype=torch.float32).eval(), AutoProcessor.from_pretrained(folder / "hf", backend="pil")
+    stock, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder / "hf", dtype=torch.float32).eval(),
+        AutoProcessor.from_pretrained(folder / "hf", backend="pil"),
+    )
     picture = open_picture(next((ASSETS_ROOT / "shapes/pictures").glob("*.png")))
     seen: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for _ in range(repeats):
@@ -121,7 +147,15 @@ def measure(folder: Path, size: str, turns: int, tokens: int, repeats: int) -> d
         session, messages = ChatSession(engine, GenerationSettings(max_new_tokens=tokens, top_k=0)), []
         for turn in range(1, turns + 1):
             shown = [picture] if turn == 1 else []
-            messages.append({"role": "user", "content": [*({"type": "image", "image": p.image} for p in shown), {"type": "text", "text": f"{turn}. {QUESTION}"}]})
+            messages.append(
+                {
+                    "role": "user",
+                    "content": [
+                        *({"type": "image", "image": p.image} for p in shown),
+                        {"type": "text", "text": f"{turn}. {QUESTION}"},
+                    ],
+                }
+            )
             prompt = session._prompt(f"{turn}. {QUESTION}", tuple(shown), session.settings)
             ways = {
                 "session": lambda: ask_session(session, f"{turn}. {QUESTION}", shown, tokens),
@@ -133,7 +167,12 @@ def measure(folder: Path, size: str, turns: int, tokens: int, repeats: int) -> d
                 seen[name][turn].append((times[0] - started, (len(times) - 1) / (times[-1] - times[0])))
             messages.append({"role": "assistant", "content": [{"type": "text", "text": session.history[-1].answer}]})
         engine.close()
-    return {name: {turn: tuple(statistics.median(column) for column in zip(*rows, strict=True)) for turn, rows in by.items()} for name, by in seen.items()}
+    return {
+        name: {
+            turn: tuple(statistics.median(column) for column in zip(*rows, strict=True)) for turn, rows in by.items()
+        }
+        for name, by in seen.items()
+    }
 
 
 def main() -> None:
@@ -154,9 +193,26 @@ def main() -> None:
         for way, turns in results.items():
             for turn in [t for t in SHOWN if t in turns]:
                 first, rate = turns[turn]
-                print(f"  {way:20} turn {turn}: first token {first * 1e3:7.1f} ms ({first / base[turn][0]:5.2f} x the session's), {rate:6.1f} tokens/s ({base[turn][1] / rate:.2f} x slower than the session)", flush=True)
+                print(
+                    f"  {way:20} turn {turn}: first token {first * 1e3:7.1f} ms ({first / base[turn][0]:5.2f} x the"
+                    f" session's), {rate:6.1f} tokens/s ({base[turn][1] / rate:.2f} x slower than the session)",
+                    flush=True,
+                )
         last = max(base)
-        print(json.dumps({"llm": size, "turn": last, "first_token_faster": {w: round(t[last][0] / base[last][0], 2) for w, t in results.items() if w != "session"}, "throughput_ratio": {w: round(base[last][1] / t[last][1], 2) for w, t in results.items() if w != "session"}}))
+        print(
+            json.dumps(
+                {
+                    "llm": size,
+                    "turn": last,
+                    "first_token_faster": {
+                        w: round(t[last][0] / base[last][0], 2) for w, t in results.items() if w != "session"
+                    },
+                    "throughput_ratio": {
+                        w: round(base[last][1] / t[last][1], 2) for w, t in results.items() if w != "session"
+                    },
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Expected against measured peak memory and time of real training runs on the CPU: python benchmarks/plan_memory.py [--sizes small medium large]
+"""Expected against measured peak memory and time of real training runs on the CPU: python benchmarks/plan_memory.py
+[--sizes small medium large]
 
-A random LLM of each size is written to a temporary folder and its projection trained for a step through the real commands: on one rank, on one
-rank with recomputation, over a pipeline of two and with ZeRO-2 and 3 on two ranks. What is measured is the largest resident memory of each rank's process.
-glibc's malloc is told to give memory back at once (MALLOC_MMAP_THRESHOLD_), so that this is what the process needs; --malloc default leaves it as it is.
+A random LLM of each size is written to a temporary folder and its projection trained for a step through the real
+commands: on one rank, on one
+rank with recomputation, over a pipeline of two and with ZeRO-2 and 3 on two ranks. What is measured is the largest
+resident memory of each rank's process.
+glibc's malloc is told to give memory back at once (MALLOC_MMAP_THRESHOLD_), so that this is what the process needs;
+--malloc default leaves it as it is.
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ import torch
 import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lavis.common.config import load_recipe
-from lavis.datasets.assemble import load_tokenizer
+from lavis.config.recipe import load_recipe
+from lavis.data.assemble import load_tokenizer
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.runners.plan import Layout, Machine, Planner
+from lavis.parallel.plan import Layout, Machine, Planner
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 0.15
@@ -33,13 +37,21 @@ LAYOUTS: dict[str, tuple[Layout, bool, list[str]]] = {
     "one rank": (Layout(1), False, []),
     "one rank, recomputing": (Layout(1), True, []),
     "pipeline of 2": (Layout(2, 2), False, ["run.runner=pipeline_runner", "run.num_stages=2"]),
-    "ZeRO-2 on 2": (Layout(2, zero=2), False, ["run.runner=deepspeed_runner", "run.deepspeed_config.zero_optimization.stage=2"]),
-    "ZeRO-3 on 2": (Layout(2, zero=3), False, ["run.runner=deepspeed_runner", "run.deepspeed_config.zero_optimization.stage=3"]),
+    "ZeRO-2 on 2": (
+        Layout(2, zero=2),
+        False,
+        ["run.runner=deepspeed_runner", "run.deepspeed_config.zero_optimization.stage=2"],
+    ),
+    "ZeRO-3 on 2": (
+        Layout(2, zero=3),
+        False,
+        ["run.runner=deepspeed_runner", "run.deepspeed_config.zero_optimization.stage=3"],
+    ),
 }
 CHILD = """
 import re, sys
 from pathlib import Path
-import lavis.runners.runner_base as base
+import lavis.train.runner as base
 status = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 steps = base.RunnerBase._log_step
 def log_step(self, *a):
@@ -58,7 +70,13 @@ def write_recipe(folder: Path, size: str) -> Path:
     tokenizer = load_tokenizer(MiniGPT4QwenConfig(llm_model="shapes/llm_b"))
     heads = width // 64
     config = Qwen2Config(
-        vocab_size=16_000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=False
+        vocab_size=16_000,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=False,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
@@ -77,13 +95,26 @@ def write_recipe(folder: Path, size: str) -> Path:
 
 def measure(recipe: Path, layout: Layout, options: list[str], malloc: str) -> tuple[dict[int, int], float]:
     """(peak of each rank in bytes, seconds of the last step)."""
-    launcher = [sys.executable] if layout.ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={layout.ranks}"]
+    launcher = (
+        [sys.executable]
+        if layout.ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={layout.ranks}"]
+    )
     child = recipe.parent / "child.py"
     child.write_text(CHILD)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAVIS_CACHE": str(recipe.parent / "cache"), "OMP_NUM_THREADS": "2" if layout.ranks == 1 else "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LAVIS_CACHE": str(recipe.parent / "cache"),
+        "OMP_NUM_THREADS": "2" if layout.ranks == 1 else "1",
+    }
     environment |= {"MALLOC_MMAP_THRESHOLD_": "262144"} if malloc == "exact" else {}
     done = subprocess.run(
-        [*launcher, str(child), "--cfg-path", str(recipe), "--options", *options], cwd=recipe.parent, env=environment, capture_output=True, text=True
+        [*launcher, str(child), "--cfg-path", str(recipe), "--options", *options],
+        cwd=recipe.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     rows = re.findall(r"MEASURED (\d+) (\d+) ([\d.]+)", done.stdout)
     if done.returncode or len(rows) < layout.ranks:
@@ -106,13 +137,23 @@ def main() -> int:
             for kind in args.layouts:
                 layout, recompute, options = LAYOUTS[kind]
                 options = [*options, f"model.llm_grad_checkpoint={str(recompute).lower()}"]
-                plan = Planner(load_recipe(recipe, options), machine, ranks=layout.ranks, images=row_images(recipe)).plan(layout)
+                plan = Planner(
+                    load_recipe(recipe, options), machine, ranks=layout.ranks, images=row_images(recipe)
+                ).plan(layout)
                 peaks, seconds = measure(recipe, layout, options, args.malloc)
                 for rank, peak in sorted(peaks.items()):
                     expected = plan.memory[rank // layout.replicas].total
                     worst = max(worst, abs(expected / peak - 1))
-                    print(f"{size:7} {kind:22} rank {rank}: expected {expected / 2**30:6.2f} GiB, measured {peak / 2**30:6.2f} GiB, ratio {expected / peak:.2f}", flush=True)
-                print(f"{size:7} {kind:22} step: expected {plan.seconds:6.1f} s, measured {seconds:6.1f} s, ratio {plan.seconds / seconds:.2f}", flush=True)
+                    print(
+                        f"{size:7} {kind:22} rank {rank}: expected {expected / 2**30:6.2f} GiB, measured"
+                        f" {peak / 2**30:6.2f} GiB, ratio {expected / peak:.2f}",
+                        flush=True,
+                    )
+                print(
+                    f"{size:7} {kind:22} step: expected {plan.seconds:6.1f} s, measured {seconds:6.1f} s, ratio"
+                    f" {plan.seconds / seconds:.2f}",
+                    flush=True,
+                )
     print(json.dumps({"largest_deviation": round(worst, 3), "limit": LIMIT}))
     return int(worst > LIMIT)
 

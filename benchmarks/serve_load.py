@@ -1,7 +1,10 @@
-"""Many clients at once against `lavis serve` on the shapes model: python benchmarks/serve_load.py [--clients 32] [--seconds 120]
+"""Many clients at once against `lavis serve` on the shapes model: python benchmarks/serve_load.py [--clients 32]
+[--seconds 120]
 
-Each client has a picture of its own and asks about it over and over, in conversations of up to four turns, streaming and not. What it should get was asked
-beforehand by one client alone. Prints answers per second, errors, answers that are another's, latencies, and the server's memory over time.
+Each client has a picture of its own and asks about it over and over, in conversations of up to four turns, streaming
+and not. What it should get was asked
+beforehand by one client alone. Prints answers per second, errors, answers that are another's, latencies, and the
+server's memory over time.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from lavis.datasets.shapes.scene import render, sample_scene
+from lavis.data.shapes.scene import render, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = ("What is in the picture?", "图里有什么？", "How many shapes are there?", "Is there a red circle?")
@@ -103,7 +106,12 @@ def main() -> int:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "lavis", "serve", "--model-type", "shapes", "--port", str(port)]
-    server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     base = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -115,7 +123,10 @@ def main() -> int:
         urls = [data_url(seed) for seed in range(args.clients)]
         with httpx.Client(base_url=base, timeout=120) as client:
             expected = {url: talk(client, url, len(QUESTIONS), False)[0] for url in urls}
-        print(f"{args.clients} pictures, {len({tuple(a) for a in expected.values()})} different sets of answers", flush=True)
+        print(
+            f"{args.clients} pictures, {len({tuple(a) for a in expected.values()})} different sets of answers",
+            flush=True,
+        )
         clients, process, memory = Clients(base, expected, args.seconds), psutil.Process(server.pid), []
         threads = [threading.Thread(target=clients.run, args=(i, url)) for i, url in enumerate(urls)]
         for thread in threads:

@@ -1,8 +1,8 @@
 """Teach a chat LLM to see. `import lavis` imports no torch: what is heavy is loaded at first use.
 
-    import lavis
-    print(lavis.model_zoo)
-    model, vis_processors, txt_processors = lavis.load_model_and_preprocess("minigpt4qwen", "qwen7b_chat", is_eval=True)
+import lavis
+print(lavis.model_zoo)
+model, vis_processors, txt_processors = lavis.load_model_and_preprocess("minigpt4qwen", "qwen7b_chat", is_eval=True)
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _LAZY = {
         ["dataset_zoo", "load_dataset", "load_model", "load_model_and_preprocess", "load_preprocess", "model_zoo"],
         "lavis.zoo",
     ),
-    "load_recipe": "lavis.common.config",
+    "load_recipe": "lavis.config.recipe",
 }
-_LAZY_MODULES = {"registries": "lavis.common.registries"}
+_LAZY_MODULES = {"registries": "lavis.core.registries"}
 
 
 def __getattr__(name: str) -> Any:

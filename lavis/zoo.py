@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lavis.common.config import load_dataset_config, load_model_config, load_preprocess_config, model_types
-from lavis.common.registries import DATASETS, MODELS
-from lavis.common.schema import PreprocessConfig
+from lavis.config.recipe import load_dataset_config, load_model_config, load_preprocess_config, model_types
+from lavis.config.schema import PreprocessConfig
+from lavis.core.registries import DATASETS, MODELS
 from lavis.models.configs import MODEL_CONFIGS
 
 if TYPE_CHECKING:
     import torch
 
-    from lavis.datasets.types import Conversation
+    from lavis.core.types import Conversation
 
 
 def load_model(
@@ -36,8 +36,8 @@ def load_model(
 
 def load_preprocess(config: PreprocessConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(image processors, text processors) of a `preprocess` section, each a dict with `train` and `eval`."""
-    from lavis.processors.image import image_processor
-    from lavis.processors.text import text_processor
+    from lavis.data.image import image_processor
+    from lavis.data.text import text_processor
 
     vis, txt = config.vis_processor, config.text_processor
     images = {"train": image_processor(vis.train), "eval": image_processor(vis.eval)}

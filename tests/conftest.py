@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = "from lavis.runners.deepspeed_runner import build_operators, find_ninja; find_ninja(); build_operators()"
+BUILD = "from lavis.train.zero_runner import build_operators, find_ninja; find_ninja(); build_operators()"
 
 SLOW = ("test_resume", "test_web", "test_demo", "test_equivalence", "test_tutorials", "test_readme", "test_runner")
 """Modules of minutes; they begin first, so that two workers end at the same time."""
@@ -21,11 +21,21 @@ SLOW = ("test_resume", "test_web", "test_demo", "test_equivalence", "test_tutori
 
 def pytest_collection_modifyitems(items):
     """Slow modules first."""
-    items.sort(key=lambda item: SLOW.index(item.module.__name__.rpartition(".")[2]) if item.module.__name__.endswith(SLOW) else len(SLOW))
+    items.sort(
+        key=lambda item: (
+            SLOW.index(item.module.__name__.rpartition(".")[2]) if item.module.__name__.endswith(SLOW) else len(SLOW)
+        )
+    )
 
 
 @pytest.fixture(scope="session")
 def deepspeed_operators(tmp_path_factory):
     """What DeepSpeed compiles on a CPU, compiled by one test process while the others wait."""
     with FileLock(tmp_path_factory.getbasetemp().parent / "deepspeed.lock"):
-        subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-c", BUILD],
+            cwd=ROOT,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            check=True,
+        )

@@ -20,18 +20,30 @@ ORDER = sorted(LINES, key=lambda line: ("my.yaml" in line, "check" in line, line
 
 
 def test_both_languages_give_the_same_commands():
-    blocks = [re.findall(r"^(?:\.venv/\S+|make \w+)[^#\n]*", (ROOT / n).read_text(encoding="utf-8"), re.M) for n in ("README.md", "README.zh.md")]
+    blocks = [
+        re.findall(r"^(?:\.venv/\S+|make \w+)[^#\n]*", (ROOT / n).read_text(encoding="utf-8"), re.M)
+        for n in ("README.md", "README.zh.md")
+    ]
     assert [line.strip() for line in blocks[0]] == [line.strip() for line in blocks[1]] and len(blocks[0]) >= 8
 
 
 # `data show` draws the whole world first
-@pytest.mark.parametrize("line", [pytest.param(line, marks=[pytest.mark.slow] if "data show" in line else []) for line in ORDER])
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=[pytest.mark.slow] if "data show" in line else []) for line in ORDER]
+)
 def test_command_runs(line, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "readme"
     folder.mkdir(exist_ok=True)
     arguments = line.removeprefix(".venv/bin/lavis ").split()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAVIS_CACHE": str(folder / "cache")}
-    done = subprocess.run([sys.executable, "-m", "lavis", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "lavis", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     if "data check" in line:  # the recipe's LLM is not under the test's cache folder, and it says so
         assert done.returncode == 1 and "ckpt/Qwen7B-chat" in done.stderr
     else:

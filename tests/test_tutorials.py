@@ -13,7 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def output_of(name, folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LAVIS_CACHE": str(folder / "cache")}
-    done = subprocess.run([sys.executable, str(ROOT / f"docs/tutorials/{name}.py")], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"docs/tutorials/{name}.py")],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout
 
@@ -29,7 +36,11 @@ def test_precision_and_checkpointing(tmp_path):
         for precision in ("fp32", "bf16"):
             assert kept[weights, precision, "yes"] < 0.4 * kept[weights, precision, "no"]
             assert (forwards[weights, precision, "no"], forwards[weights, precision, "yes"]) == (8, 16)
-            assert error[weights, precision, "yes"] == error[weights, precision, "no"] <= (0 if precision == "fp32" else 0.01)
+            assert (
+                error[weights, precision, "yes"]
+                == error[weights, precision, "no"]
+                <= (0 if precision == "fp32" else 0.01)
+            )
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 import lavis
-from lavis.common.errors import ConfigError, RegistryError
+from lavis.core.errors import ConfigError, RegistryError
 from lavis.models.configs import MiniGPT4QwenConfig
 
 

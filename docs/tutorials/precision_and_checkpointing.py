@@ -12,7 +12,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.wide, self.narrow = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm, self.wide, self.narrow = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         Block.forwards += 1
@@ -34,7 +38,8 @@ def step(*, frozen: bool, dtype: torch.dtype, recompute: bool) -> tuple[float, i
     """(MB kept between forward and backward, forwards of a block in both, gradient of the input)."""
     torch.manual_seed(0)
     model = Stack(256, 8, recompute).requires_grad_(not frozen)
-    if frozen and dtype == torch.bfloat16:  # nothing updates them, so they need no fp32 copy: autocast then has nothing to cast and keep
+    # nothing updates them, so they need no fp32 copy: autocast then has nothing to cast and keep
+    if frozen and dtype == torch.bfloat16:
         for linear in (m for m in model.modules() if isinstance(m, nn.Linear)):
             linear.to(dtype)
     x = torch.randn(4, 128, 256, requires_grad=True)
@@ -48,7 +53,10 @@ def step(*, frozen: bool, dtype: torch.dtype, recompute: bool) -> tuple[float, i
         return tensor
 
     Block.forwards = 0
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
         loss = model(x).float().square().mean()
     megabytes = sum(kept.values()) / 1e6
     loss.backward()
@@ -64,7 +72,11 @@ def main() -> None:
                 kept, forwards, gradient = step(frozen=frozen, dtype=dtype, recompute=recompute)
                 exact = gradient if exact is None else exact
                 error = ((gradient - exact).norm() / exact.norm()).item()
-                words = ("frozen" if frozen else "trained", "bf16" if dtype == torch.bfloat16 else "fp32", "yes" if recompute else "no")
+                words = (
+                    "frozen" if frozen else "trained",
+                    "bf16" if dtype == torch.bfloat16 else "fp32",
+                    "yes" if recompute else "no",
+                )
                 print(f"{words[0]:9}{words[1]:11}{words[2]:11}{kept:7.1f} MB{forwards:10}  {error:.0e} off")
 
 

@@ -1,4 +1,6 @@
-"""Five steps of shapes/align with the pieces of the program put together by hand, then the same five by its runner: the losses are equal."""
+"""Five steps of shapes/align with the pieces of the program put together by hand, then the same five by its runner: the
+losses are equal.
+"""
 
 import json
 import sys
@@ -6,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from lavis.common.config import load_recipe
-from lavis.common.dist import world
-from lavis.common.registries import RUNNERS, TASKS
-from lavis.runners.data import RunData
-from lavis.runners.schedules import horizon, learning_rate
-from lavis.runners.strategy import DataParallelStrategy
+from lavis.config.recipe import load_recipe
+from lavis.core.dist import world
+from lavis.core.registries import RUNNERS, TASKS
+from lavis.parallel.strategy import DataParallelStrategy
+from lavis.train.data import RunData
+from lavis.train.schedules import horizon, learning_rate
 
 STEPS = 5
 OPTIONS = [
@@ -35,10 +37,14 @@ def by_hand() -> list[float]:
             if step == STEPS:
                 break
             rate = learning_rate(run, span, step)
-            result = strategy.step(batches, rate, step + 1)  # forward and backward of each micro-batch, sum over ranks, clip, update
+            # forward and backward of each micro-batch, sum over ranks, clip, update
+            result = strategy.step(batches, rate, step + 1)
             losses.append(result.loss)
             tokens, images = sum(b.num_tokens for b in batches), sum(len(b.pixel_values) for b in batches)
-            print(f"step {step + 1}: {len(batches)} micro-batches, {images} images, {tokens} supervised tokens, rate {rate:.1e}, loss {result.loss:.6f}")
+            print(
+                f"step {step + 1}: {len(batches)} micro-batches, {images} images, {tokens} supervised tokens, rate"
+                f" {rate:.1e}, loss {result.loss:.6f}"
+            )
     return losses
 
 

@@ -1,4 +1,7 @@
-"""What each of two ranks holds under ZeRO 0 to 3, and how a pipeline passes micro-batches on. Starts its own two processes."""
+"""What each of two ranks holds under ZeRO 0 to 3, and how a pipeline passes micro-batches on.
+
+Starts its own two processes.
+"""
 
 import logging
 import os
@@ -29,7 +32,11 @@ def zero(stage: int) -> tuple[str, float]:
 
     model = nn.Sequential(*layers(), nn.Linear(256, 1))
     total = elements(model.parameters())
-    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}, "zero_allow_untested_optimizer": True}
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     torch.manual_seed(engine.global_rank)
@@ -62,9 +69,13 @@ def pipeline() -> None:
             return self.layer(x)
 
     deepspeed.init_distributed(verbose=False)
-    model = PipelineModule([LayerSpec(Told, i) for i in range(4)], num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+    model = PipelineModule(
+        [LayerSpec(Told, i) for i in range(4)], num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform"
+    )
     config = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4, "steps_per_print": 10**9}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), config=config
+    )
     data = iter([(torch.randn(8, 256), torch.zeros(8, 256))] * 4)
     loss = engine.train_batch(data)
     say(f"stage {engine.stage_id}: holds {elements(model.parameters()):,} weights; loss {loss.item():.4f}")

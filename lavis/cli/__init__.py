@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import lavis
-from lavis.common.errors import ConfigError, LavisError, did_you_mean
+from lavis.core.errors import ConfigError, LavisError, did_you_mean
 
 COMMANDS = {
     "train": "train what a recipe says",

@@ -10,25 +10,30 @@ from contextlib import closing
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of cli_demo.py."""
-    from lavis.chat.arguments import add_model_arguments
+    from lavis.serve.arguments import add_model_arguments
 
     add_model_arguments(parser)
-    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="images that the first question is about")
+    parser.add_argument(
+        "--image", nargs="+", default=[], metavar="PATH", help="images that the first question is about"
+    )
     parser.add_argument("--question", metavar="TEXT", help="print the answer to this and end")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default 512)")
     parser.add_argument("--lang", choices=("zh", "en"), help="language of the messages (default: of the locale)")
-    parser.add_argument("--no-markdown", dest="markdown", action="store_false", help="print answers as they are, not typeset")
+    parser.add_argument(
+        "--no-markdown", dest="markdown", action="store_false", help="print answers as they are, not typeset"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Talk, or answer what is piped in; 1 if a piped line was an error."""
-    from lavis.chat.screen import Screen
-    from lavis.chat.settings import GenerationSettings
-    from lavis.chat.wording import WORDING, default_language
-    from lavis.common.logging import setup_logging
+    from lavis.core.logging import setup_logging
+    from lavis.generation.settings import GenerationSettings
+    from lavis.serve.screen import Screen
+    from lavis.serve.wording import WORDING, default_language
 
     setup_logging(logging.WARNING)
-    logging.getLogger("lavis.chat.engine").setLevel(logging.CRITICAL)  # what fails there is shown as the answer's error
+    # what fails there is shown as the answer's error
+    logging.getLogger("lavis.generation.engine").setLevel(logging.CRITICAL)
     sys.stdout.reconfigure(errors="replace")  # what the locale's encoding lacks
     lang = args.lang or default_language()
     screen = Screen(interactive=args.question is None and sys.stdin.isatty(), markdown=args.markdown)
@@ -36,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
     GenerationSettings().with_values(changes)  # a wrong number is told before the model is loaded
     screen.note(WORDING[lang]["loading"])
 
-    from lavis.chat.arguments import open_chat
-    from lavis.chat.engine import Engine
-    from lavis.chat.pictures import open_picture
-    from lavis.chat.session import ChatSession
-    from lavis.chat.terminal import TerminalChat
+    from lavis.generation.engine import Engine
+    from lavis.generation.pictures import open_picture
+    from lavis.serve.arguments import open_chat
+    from lavis.serve.session import ChatSession
+    from lavis.serve.terminal import TerminalChat
 
     pictures = [open_picture(path) for path in args.image]
     chat = open_chat(args)

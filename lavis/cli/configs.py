@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavis.common.config import Recipe
+    from lavis.config.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from lavis.common.config import shipped_recipes
+    from lavis.config.recipe import shipped_recipes
 
     recipes = {name: path for name, path in shipped_recipes().items() if fnmatch.fnmatch(name, args.pattern)}
     width = max(map(len, recipes), default=0)
@@ -66,8 +66,8 @@ def first_comment(path: Path) -> str:
 
 
 def _copy(args: argparse.Namespace) -> int:
-    from lavis.common.config import find_recipe
-    from lavis.common.errors import ConfigError
+    from lavis.config.recipe import find_recipe
+    from lavis.core.errors import ConfigError
 
     source = find_recipe(args.name)
     target = args.destination / source.name if args.destination.is_dir() else args.destination
@@ -80,7 +80,7 @@ def _copy(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from lavis.common.config import load_recipe
+    from lavis.config.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.options)
     print(annotated_yaml(recipe) if args.origins else recipe.to_yaml(), end="")
@@ -106,8 +106,8 @@ def annotated_yaml(recipe: Recipe) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from lavis.common.config import load_recipe, missing_files
-    from lavis.common.errors import ConfigError
+    from lavis.config.recipe import load_recipe, missing_files
+    from lavis.core.errors import ConfigError
 
     wrong = 0
     for name in args.recipes:
@@ -127,7 +127,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _doc(args: argparse.Namespace) -> int:
-    from lavis.common.config_doc import recipes_markdown
+    from lavis.config.doc import recipes_markdown
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(recipes_markdown(), encoding="utf-8")

@@ -18,10 +18,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conversions = parser.add_subparsers(dest="conversion", required=True, metavar="CONVERSION")
     for name, text in DEEPSPEED.items():
         conversion = conversions.add_parser(name, help=text, description=text)
-        conversion.add_argument("--ckpt_dir", "--ckpt-dir", type=Path, required=True, help="folder of one step or epoch of the original, or a run or checkpoint of lavis; the result is written into it")
+        conversion.add_argument(
+            "--ckpt_dir",
+            "--ckpt-dir",
+            type=Path,
+            required=True,
+            help=(
+                "folder of one step or epoch of the original, or a run or checkpoint of lavis; the result is written"
+                " into it"
+            ),
+        )
         if name == "pipeline":
-            conversion.add_argument("--llm", action="store_true", help="the LLM as well, of a checkpoint of the original, which holds it also if it was frozen")
-    text = "a first-generation Qwen folder, to a Qwen2 folder that transformers opens by itself (lavis itself needs no conversion)"
+            conversion.add_argument(
+                "--llm",
+                action="store_true",
+                help="the LLM as well, of a checkpoint of the original, which holds it also if it was frozen",
+            )
+    text = (
+        "a first-generation Qwen folder, to a Qwen2 folder that transformers opens by itself (lavis itself needs no"
+        " conversion)"
+    )
     qwen1 = conversions.add_parser("qwen1", help=text, description=text)
     qwen1.add_argument("source", type=Path, help="folder with config.json, weights and qwen.tiktoken")
     qwen1.add_argument("target", type=Path, help="folder to write")
@@ -30,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print the files written; the exit code."""
-    from lavis.common.logging import setup_logging
+    from lavis.core.logging import setup_logging
 
     setup_logging()
     for file in _convert(args):
@@ -40,20 +56,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> list[Path]:
     if args.conversion == "qwen1":
-        from lavis.common.paths import resolve
-        from lavis.converters.qwen1_folder import convert_qwen1
+        from lavis.core.paths import resolve
+        from lavis.export.qwen1_folder import convert_qwen1
 
         return convert_qwen1(resolve(args.source), args.target.absolute(), args.max_shard_size)
-    from lavis.converters import deepspeed
-    from lavis.converters.trained import export_peft, export_pth, open_run
-    from lavis.runners.checkpoint import MARKER
+    from lavis.export import deepspeed
+    from lavis.export.trained import export_peft, export_pth, open_run
+    from lavis.runs.checkpoint import MARKER
 
-    if (args.ckpt_dir / MARKER).exists() or (args.ckpt_dir / "checkpoints").is_dir():  # our own, the same for every runner
+    # our own, the same for every runner
+    if (args.ckpt_dir / MARKER).exists() or (args.ckpt_dir / "checkpoints").is_dir():
         trained = open_run(args.ckpt_dir)
         names = trained.checkpoint.tensors()
         if args.conversion == "pipeline" and any(".lora_" in name for name in names):
             return export_peft(trained, args.ckpt_dir / "adapters")
-        with_llm = args.conversion == "pipemodel2pth" or (args.conversion == "pipeline" and any(name.startswith("llm_model.") for name in names))
+        with_llm = args.conversion == "pipemodel2pth" or (
+            args.conversion == "pipeline" and any(name.startswith("llm_model.") for name in names)
+        )
         return [export_pth(trained, args.ckpt_dir / (deepspeed.LLM_FILE if with_llm else deepspeed.MODEL_FILE))]
     conversion = args.conversion
     if conversion == "pipeline":

@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from lavis.common.config import load_recipe
-    from lavis.datasets.check import check_recipe, format_check
+    from lavis.config.recipe import load_recipe
+    from lavis.data.check import check_recipe, format_check
 
     problems = 0
     for check in check_recipe(load_recipe(args.recipe, args.options)):
@@ -41,8 +41,8 @@ def _check(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lavis.common.config import load_recipe
-    from lavis.datasets.show import LEGEND, show_samples
+    from lavis.config.recipe import load_recipe
+    from lavis.data.show import LEGEND, show_samples
 
     console = Console(highlight=False, soft_wrap=True)  # no colour when the output is not a terminal
     console.print(LEGEND)

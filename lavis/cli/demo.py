@@ -10,23 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavis.tasks.evaluation import Answer
-
+    from lavis.eval.answers import Answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `lavis demo`."""
-    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="values that override the two recipes, shapes/align and shapes/evaluate_tower")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that override the two recipes, shapes/align and shapes/evaluate_tower",
+    )
     parser.add_argument("--questions", type=int, default=8, help="answered questions shown at the end")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate, show, and print one JSON object as the last line."""
     started = time.perf_counter()
-    from lavis.common.config import load_recipe
-    from lavis.common.logging import setup_logging
-    from lavis.common.registries import RUNNERS
-    from lavis.runners.report import draw_answers
+    from lavis.config.recipe import load_recipe
+    from lavis.core.logging import setup_logging
+    from lavis.core.registries import RUNNERS
+    from lavis.runs.report import draw_answers
 
     setup_logging()
     align, tower = load_recipe("shapes/align", args.options), load_recipe("shapes/evaluate_tower", args.options)
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pick(file: Path, most: int) -> list[Answer]:
     """Answers spread evenly over the file, half in each language, as they came out."""
-    from lavis.tasks.evaluation import read_answers
+    from lavis.eval.answers import read_answers
 
     picked: list[Answer] = []
     for lang in ("en", "zh"):

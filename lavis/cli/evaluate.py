@@ -14,12 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate the recipe's test splits; the exit code of the run."""
-    from lavis.common.config import load_recipe
-    from lavis.common.logging import setup_logging
+    from lavis.config.recipe import load_recipe
+    from lavis.core.logging import setup_logging
 
     setup_logging()
     recipe = load_recipe(args.cfg_path, [*args.options, "run.evaluate=true"])
 
-    from lavis.runners import train_recipe
+    from lavis.train import train_recipe
 
     return train_recipe(recipe)

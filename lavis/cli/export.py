@@ -20,19 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pth = formats.add_parser("pth", help="what was trained, as the original's model.pth")
     peft = formats.add_parser("peft", help="LoRA adapters of the LLM, as a folder that peft opens")
     for command in (hf, pth, peft):
-        command.add_argument("run", help="folder of a run (its best checkpoint, else its last), or one of its checkpoints/step-N")
+        command.add_argument(
+            "run", help="folder of a run (its best checkpoint, else its last), or one of its checkpoints/step-N"
+        )
         command.add_argument("target", help="folder to write (for pth: or file ending in .pth)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Export; the exit code."""
-    from lavis.common.logging import setup_logging
-    from lavis.converters.trained import export_peft, export_pth, open_run
+    from lavis.core.logging import setup_logging
+    from lavis.export.trained import export_peft, export_pth, open_run
 
     setup_logging()
     trained, target = open_run(args.run), Path(args.target)
     if args.format == "hf":
-        from lavis.converters.hf_export import export_hf
+        from lavis.export.hf import export_hf
 
         files = list(export_hf(trained, target, precision=args.dtype, max_shard_size=args.max_shard_size).files)
     else:

@@ -10,7 +10,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavis.runners.plan import Machine, Plan, Planner
+    from lavis.parallel.plan import Machine, Plan, Planner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,18 +18,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="file, or the name of a shipped recipe")
     parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks (default 1)")
-    parser.add_argument("--gpu", metavar="NAME", help="card to plan for, such as 3090, 4090, a100 or h100 (default: what this machine has)")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="card to plan for, such as 3090, 4090, a100 or h100 (default: what this machine has)",
+    )
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of each card: 24GiB, 22GB")
-    parser.add_argument("--tokens", type=int, metavar="N", help="longest row (default: model.max_txt_len, or run.pack_length)")
-    parser.add_argument("--images", type=int, metavar="N", help="images of a row (default 1, or as many as fit into a packed one)")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="longest row (default: model.max_txt_len, or run.pack_length)"
+    )
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="images of a row (default 1, or as many as fit into a packed one)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plans; 0 if one fits, else 1."""
-    from lavis.common.config import load_recipe
-    from lavis.common.errors import ConfigError
-    from lavis.runners.plan import Planner
+    from lavis.config.recipe import load_recipe
+    from lavis.core.errors import ConfigError
+    from lavis.parallel.plan import Planner
 
     if args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus}: give at least 1.")
@@ -38,10 +46,23 @@ def run(args: argparse.Namespace) -> int:
     planner = Planner(recipe, machine, tokens=args.tokens, images=args.images, ranks=args.gpus)
     plans = [planner.best(layout) for layout in planner.layouts(args.gpus)]
     fitting = [plan for plan in plans if plan.fits(machine)]
-    best = min(fitting, key=lambda plan: (plan.seconds or sum(f.flops for f in plan.footprints) * plan.micro_batches)) if fitting else None
+    best = (
+        min(fitting, key=lambda plan: plan.seconds or sum(f.flops for f in plan.footprints) * plan.micro_batches)
+        if fitting
+        else None
+    )
     command = _command(args, best) if best else None
     if args.json:
-        print(json.dumps({"machine": dataclasses.asdict(machine), "plans": [_as_dict(p, machine) for p in plans], "proposed": command}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "machine": dataclasses.asdict(machine),
+                    "plans": [_as_dict(p, machine) for p in plans],
+                    "proposed": command,
+                },
+                indent=1,
+            )
+        )
         return 0 if best else 1
     print("\n".join(_report(args, planner, plans, best, command)))
     return 0 if best else 1
@@ -50,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _machine(args: argparse.Namespace, device: str) -> Machine:
     import torch
 
-    from lavis.runners.plan import Machine
+    from lavis.parallel.plan import Machine
 
     memory = _size(args.gpu_memory) if args.gpu_memory else None
     if args.gpu or memory:
@@ -60,7 +81,7 @@ def _machine(args: argparse.Namespace, device: str) -> Machine:
 
 
 def _size(text: str) -> float:
-    from lavis.common.errors import ConfigError
+    from lavis.core.errors import ConfigError
 
     match = re.fullmatch(r"([\d.]+)\s*(GiB|GB|MiB|MB)", text, re.IGNORECASE)
     if not match:
@@ -68,31 +89,59 @@ def _size(text: str) -> float:
     return float(match[1]) * {"gib": 2**30, "gb": 1e9, "mib": 2**20, "mb": 1e6}[match[2].lower()]
 
 
-def _report(args: argparse.Namespace, planner: Planner, plans: list[Plan], best: Plan | None, command: str | None) -> list[str]:
-    from lavis.runners.plan import Layout
+def _report(
+    args: argparse.Namespace, planner: Planner, plans: list[Plan], best: Plan | None, command: str | None
+) -> list[str]:
+    from lavis.parallel.plan import Layout
 
     machine = planner.machine
     whole = planner.plan(Layout(1), recompute=False)
-    where = f"{args.gpus} x {machine.memory / 2**30:.0f} GiB" if machine.device == "cuda" else f"this machine's CPU, {machine.memory / 2**30:.0f} GiB"
-    lines = [f"{args.recipe} on {where}: {planner.config.llm_model}, rows of {planner.tokens} tokens with {planner.images} image(s), {planner.samples} rows a step"]
+    where = (
+        f"{args.gpus} x {machine.memory / 2**30:.0f} GiB"
+        if machine.device == "cuda"
+        else f"this machine's CPU, {machine.memory / 2**30:.0f} GiB"
+    )
+    lines = [
+        f"{args.recipe} on {where}: {planner.config.llm_model}, rows of {planner.tokens} tokens with {planner.images}"
+        f" image(s), {planner.samples} rows a step"
+    ]
     f = whole.footprints[0]
-    lines.append(f"{f.parameters / 1e9:.2f} B parameters, {f.trained:,.0f} trained; {f.flops / whole.batch.rows / 1e12:.2f} TFLOP a row")
-    head = f"{'':34}{'micro-batch':>12}{'recompute':>10}{'weights':>9}{'optimiser':>10}{'gradients':>10}{'activations':>12}{'workspace':>10}{'runtime':>9}{'peak':>8}  {'fits':5}{'step':>9}"
+    lines.append(
+        f"{f.parameters / 1e9:.2f} B parameters, {f.trained:,.0f} trained; {f.flops / whole.batch.rows / 1e12:.2f}"
+        " TFLOP a row"
+    )
+    head = (
+        f"{'':34}{'micro-batch':>12}{'recompute':>10}{'weights':>9}{'optimiser':>10}{'gradients':>10}{'activations':>12}{'workspace':>10}{'runtime':>9}{'peak':>8}"
+        f"  {'fits':5}{'step':>9}"
+    )
     lines += ["", head + "   (GiB of each rank)"]
     for plan in plans:
         lines += _rows(plan, machine)
     lines.append("")
     if best is None:
-        lines.append("Nothing fits: more or larger GPUs (--gpus, --gpu), a shorter model.max_txt_len, or model.llm_quantization=int4.")
+        lines.append(
+            "Nothing fits: more or larger GPUs (--gpus, --gpu), a shorter model.max_txt_len, or"
+            " model.llm_quantization=int4."
+        )
     else:
         lines += [f"Proposed: {best.layout}", f"  {command}"]
         if best.batch.rows > 1 and not planner.run.packing:
             total = best.batch.rows * best.batch.tokens
-            lines.append(f"  Samples of unlike lengths: run.packing=true run.pack_length={total} run.batch_size_train=1 takes as much memory and pads less.")
+            lines.append(
+                f"  Samples of unlike lengths: run.packing=true run.pack_length={total} run.batch_size_train=1 takes as"
+                " much memory and pads less."
+            )
     if machine.device == "cpu":
-        lines.append("Memory is what the tensors and the process need; glibc's malloc can hold half as much again of what was freed.")
+        lines.append(
+            "Memory is what the tensors and the process need; glibc's malloc can hold half as much again of what was"
+            " freed."
+        )
     else:
-        lines.append("Times assume half of a card's published arithmetic." if machine.flops else "Times are given for a known card: --gpu NAME.")
+        lines.append(
+            "Times assume half of a card's published arithmetic."
+            if machine.flops
+            else "Times are given for a known card: --gpu NAME."
+        )
     return lines
 
 
@@ -104,7 +153,14 @@ def _rows(plan: Plan, machine: Machine) -> list[str]:
             f = plan.footprints[i]
             rows += [name] if i == 0 else []
             name = f"  stage {i}: {plan.blocks[i]} blocks, {f.parameters / 1e9:.2f} B, {f.flops / 1e12:.2f} TFLOP"
-        parts = (memory.weights, memory.optimizer, memory.gradients, memory.activations, memory.workspace, memory.runtime)
+        parts = (
+            memory.weights,
+            memory.optimizer,
+            memory.gradients,
+            memory.activations,
+            memory.workspace,
+            memory.runtime,
+        )
         widths = (9, 10, 10, 12, 10, 9)
         numbers = "".join(f"{value / 2**30:{width}.2f}" for value, width in zip(parts, widths, strict=True))
         last = i == len(plan.memory) - 1

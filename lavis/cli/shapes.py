@@ -1,4 +1,6 @@
-"""`lavis shapes`: the small world's frozen parts, rebuilt from nothing by the same train.py that trains everything else."""
+"""`lavis shapes`: the small world's frozen parts, rebuilt from nothing by the same train.py that trains everything
+else.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,6 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
 
 CHAIN: dict[str, tuple[str, ...]] = {
     "tokenizer_a": (),
@@ -28,11 +29,25 @@ SHIPPED = ("llm_a", "llm_b", "tower")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `lavis shapes`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="build|ship")
-    build = actions.add_parser("build", help="train tokenizers, LLMs and vision tower into cache/shapes, which then takes precedence")
-    build.add_argument("--jobs", type=int, default=2, help="recipes trained side by side, one thread each (the last one, which waits for all others, has as many threads)")
+    build = actions.add_parser(
+        "build", help="train tokenizers, LLMs and vision tower into cache/shapes, which then takes precedence"
+    )
+    build.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help=(
+            "recipes trained side by side, one thread each (the last one, which waits for all others, has as many"
+            " threads)"
+        ),
+    )
     build.add_argument("--only", nargs="+", choices=list(CHAIN), help="these recipes alone")
-    ship = actions.add_parser("ship", help="copy what was built into lavis/assets, as the parts shipped with the package")
-    ship.add_argument("--aligned", metavar="RUN", help="a run of shapes/align, whose projection is shipped for chatting")
+    ship = actions.add_parser(
+        "ship", help="copy what was built into lavis/assets, as the parts shipped with the package"
+    )
+    ship.add_argument(
+        "--aligned", metavar="RUN", help="a run of shapes/align, whose projection is shipped for chatting"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(jobs: int, names: list[str]) -> int:
-    from lavis.common.config import load_recipe
-    from lavis.common.logging import setup_logging
-    from lavis.datasets.assemble import make_builders
+    from lavis.config.recipe import load_recipe
+    from lavis.core.logging import setup_logging
+    from lavis.data.assemble import make_builders
 
     setup_logging()
     for builder in make_builders(load_recipe("shapes/align")):
@@ -61,7 +76,7 @@ def _build(jobs: int, names: list[str]) -> int:
 
 
 def _train(name: str, before: list[Future[None]], logs: Path, threads: int) -> None:
-    from lavis.common.errors import TrainingError
+    from lavis.core.errors import TrainingError
 
     for future in before:
         future.result()
@@ -81,11 +96,11 @@ def _train(name: str, before: list[Future[None]], logs: Path, threads: int) -> N
 
 
 def _ship(aligned: str | None) -> int:
-    from lavis.common.errors import CheckpointError
-    from lavis.common.paths import ASSETS_ROOT, cache_root
+    from lavis.core.errors import CheckpointError
+    from lavis.core.paths import ASSETS_ROOT, cache_root
 
     if aligned:
-        from lavis.converters.trained import open_run
+        from lavis.export.trained import open_run
 
         file = open_run(aligned).checkpoint.path / "trainable.safetensors"
         shutil.copyfile(file, ASSETS_ROOT / "shapes/aligned/projection.safetensors")

@@ -8,8 +8,15 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of train.py."""
     add_recipe_arguments(parser)
-    parser.add_argument("--num-stages", type=int, metavar="N", help="train over a pipeline of N stages: short for --options run.runner=pipeline_runner run.num_stages=N")
-    parser.add_argument("--llm-grad-ckpt", action="store_true", help="short for --options model.llm_grad_checkpoint=true")
+    parser.add_argument(
+        "--num-stages",
+        type=int,
+        metavar="N",
+        help="train over a pipeline of N stages: short for --options run.runner=pipeline_runner run.num_stages=N",
+    )
+    parser.add_argument(
+        "--llm-grad-ckpt", action="store_true", help="short for --options model.llm_grad_checkpoint=true"
+    )
     parser.add_argument("--use-deepspeed", action="store_true", help="short for --options run.runner=deepspeed_runner")
 
 
@@ -25,15 +32,17 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code of the run."""
-    from lavis.common.config import load_recipe
-    from lavis.common.logging import setup_logging
+    from lavis.config.recipe import load_recipe
+    from lavis.core.logging import setup_logging
 
     setup_logging()
     options = [*args.options, *(["run.runner=deepspeed_runner"] if args.use_deepspeed else [])]
-    options += ["run.runner=pipeline_runner", f"run.num_stages={args.num_stages}"] if args.num_stages is not None else []
+    options += (
+        ["run.runner=pipeline_runner", f"run.num_stages={args.num_stages}"] if args.num_stages is not None else []
+    )
     options += ["model.llm_grad_checkpoint=true"] if args.llm_grad_ckpt else []
     recipe = load_recipe(args.cfg_path, options)
 
-    from lavis.runners import train_recipe
+    from lavis.train import train_recipe
 
     return train_recipe(recipe)

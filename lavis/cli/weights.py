@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lavis.common.files import NeededFile
+    from lavis.config.files import NeededFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the files; 0, or 1 if one is missing (with --download: still missing)."""
-    from lavis.common.config import load_recipe
-    from lavis.common.files import needed_files
-    from lavis.models.sources import location, source_of
+    from lavis.config.files import needed_files
+    from lavis.config.recipe import load_recipe
+    from lavis.weights.sources import location, source_of
 
     files = needed_files(load_recipe(args.recipe, args.options))
     if args.download:
@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(file: NeededFile, place: Path | None) -> list[str]:
     """What is said of a file: its state, size, place and key; if it is not there, also how to get it."""
-    from lavis.common.download import human_size
-    from lavis.common.files import MADE_HERE
-    from lavis.models.sources import source_of
+    from lavis.config.files import MADE_HERE
+    from lavis.weights.download import human_size
+    from lavis.weights.sources import source_of
 
     if place:
         return [f"present  {human_size(_size(place)):>8}  {_shown(place)}  ({file.key})"]
@@ -51,14 +51,18 @@ def _lines(file: NeededFile, place: Path | None) -> list[str]:
     if source:
         get = source.command(path)
     else:
-        get = "lavis shapes build" if file.name.startswith(MADE_HERE) else "no address is known: put it there, or change the key"
+        get = (
+            "lavis shapes build"
+            if file.name.startswith(MADE_HERE)
+            else "no address is known: put it there, or change the key"
+        )
     return [f"{state}  {about:>8}  {path or file.name + ' on the Hugging Face hub'}  ({file.key})", f"    {get}"]
 
 
 def _download(files: list[NeededFile]) -> None:
     """Fetch what is missing; what can't be is told on stderr, and the next one is tried."""
-    from lavis.common.errors import LavisError
-    from lavis.models.sources import location, source_of
+    from lavis.core.errors import LavisError
+    from lavis.weights.sources import location, source_of
 
     for file in files:
         source = source_of(file)

@@ -1,6 +1,7 @@
 """BLIP-2's first stage: the Q-Former learns which image tokens matter by three losses against captions.
 
-Contrastive (ITC), matching with hard negatives (ITM) and image-grounded generation (ITG), after Li et al. 2023, section 3.
+Contrastive (ITC), matching with hard negatives (ITM) and image-grounded generation (ITG), after Li et al. 2023, section
+3.
 Negatives come from the micro-batch.
 """
 
@@ -12,20 +13,21 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from lavis.common.registries import MODELS
-from lavis.datasets.assemble import load_tokenizer
-from lavis.datasets.types import IGNORE_INDEX, Batch
+from lavis.core.output import LossOutput
+from lavis.core.registries import MODELS
+from lavis.core.types import IGNORE_INDEX, Batch
+from lavis.data.assemble import load_tokenizer
 from lavis.models.configs import Blip2QFormerStage1Config
-from lavis.models.output import LossOutput
 from lavis.models.vision import Blip2Base
-from lavis.models.weights import load_configured
+from lavis.weights.tensors import load_configured
 
 
 @MODELS.register("blip2_qformer")
 class Blip2QFormer(Blip2Base):
     """Vision tower, Q-Former with text branch, and the heads of the three losses.
 
-    Captions are [start] tokens [end], right-padded with `pad_token_id`; the start token serves as BERT's [CLS] and [DEC].
+    Captions are [start] tokens [end], right-padded with `pad_token_id`; the start token serves as BERT's [CLS] and
+    [DEC].
     """
 
     def __init__(self, config: Blip2QFormerStage1Config, vocab_size: int, pad_token_id: int) -> None:
@@ -67,7 +69,9 @@ class Blip2QFormer(Blip2Base):
         return LossOutput(loss * n, n, {k: v.detach() * n for k, v in parts.items()})
 
     def _queries_and_generation(self, batch: Batch, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query outputs [B, Q, D], and the mean generation loss per token; one pass serves both, since queries can't see the text."""
+        """Query outputs [B, Q, D], and the mean generation loss per token; one pass serves both, since queries can't
+        see the text.
+        """
         n_queries, (rows, length) = self.query_tokens.shape[1], batch.input_ids.shape
         total = n_queries + length
         mask = torch.zeros(total, total, dtype=torch.bool, device=tokens.device)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lavis.common.registries import MODELS
-from lavis.datasets.assemble import load_tokenizer
-from lavis.datasets.types import Batch
+from lavis.core.output import LossOutput
+from lavis.core.registries import MODELS
+from lavis.core.types import Batch
+from lavis.data.assemble import load_tokenizer
 from lavis.models.configs import CausalLMConfig
 from lavis.models.llm import check_context, generate, load_llm, new_llm, recompute_activations, supervised_loss
-from lavis.models.output import LossOutput
 
 
 @MODELS.register("causal_lm")
@@ -30,14 +30,23 @@ class CausalLM(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: CausalLMConfig, tokenizer: PreTrainedTokenizerBase | None = None, device: torch.device | str = "cpu"
+        cls,
+        config: CausalLMConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: torch.device | str = "cpu",
     ) -> CausalLM:
-        """The LLM in `config.llm_model`, or a new one of `config.llm_config`'s dimensions for the tokenizer's vocabulary (fp32)."""
+        """The LLM in `config.llm_model`, or a new one of `config.llm_config`'s dimensions for the tokenizer's
+        vocabulary (fp32).
+        """
         tokenizer = tokenizer or load_tokenizer(config)
         if config.llm_model:
             llm = load_llm(config.llm_model)
         else:
-            special_ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+            special_ids = {
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "bos_token_id": None,
+            }
             llm = new_llm(config.llm_config, len(tokenizer), special_ids)
         check_context(llm, config.max_txt_len)
         if config.llm_grad_checkpoint:
@@ -55,10 +64,14 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch) -> LossOutput:
         """Loss over the batch's supervised tokens."""
-        loss_sum = supervised_loss(self.llm_model, self.embed(batch), batch.labels, batch.position_ids, self.logits_chunks)
+        loss_sum = supervised_loss(
+            self.llm_model, self.embed(batch), batch.labels, batch.position_ids, self.logits_chunks
+        )
         return LossOutput(loss_sum, batch.num_tokens)
 
-    def generate(self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any) -> list[list[int]]:
+    def generate(
+        self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any
+    ) -> list[list[int]]:
         """Continue the prompts of `batch`; see lavis.models.llm.generate."""
         with torch.inference_mode():
             embeds = self.embed(batch)

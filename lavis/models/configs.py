@@ -1,12 +1,15 @@
-"""The `model` section of each architecture. Torch-free, so that a recipe is checked before anything heavy is imported."""
+"""The `model` section of each architecture.
+
+Torch-free, so that a recipe is checked before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
-from lavis.common.registry import Registry
-from lavis.common.schema import ModelConfig, opt
+from lavis.config.schema import ModelConfig, opt
+from lavis.core.registry import Registry
 
 MODEL_CONFIGS: Registry[type[ModelConfig]] = Registry("model")
 """Architecture name to the dataclass of its section."""
@@ -35,7 +38,9 @@ class VitConfig:
     depth: Optional[int] = opt(None, "number of blocks", at_least=1)
     num_heads: Optional[int] = opt(None, "attention heads", at_least=1)
     mlp_ratio: Optional[float] = opt(None, "hidden width of the MLP / width")
-    init_std: Optional[float] = opt(None, "standard deviation of new weights; a narrow ViT trained from nothing wants more than 0.02")
+    init_std: Optional[float] = opt(
+        None, "standard deviation of new weights; a narrow ViT trained from nothing wants more than 0.02"
+    )
     pos_init_std: Optional[float] = opt(None, "standard deviation of new position and class embeddings")
 
 
@@ -69,11 +74,15 @@ class VisionConfig(ModelConfig):
     qformer: QFormerConfig = opt(QFormerConfig, "dimensions of the Q-Former")
     freeze_qformer: bool = opt(True, "do not train the Q-Former and ln_vision")
     freeze_queries: bool = opt(True, "do not train the query vectors")
-    vit_pretrained: Optional[str] = opt(None, "weight file of the ViT alone (eva_vit_g.pth), when `pretrained` has none")
+    vit_pretrained: Optional[str] = opt(
+        None, "weight file of the ViT alone (eva_vit_g.pth), when `pretrained` has none"
+    )
     load_pretrained: bool = opt(True, "load `vit_pretrained` and `pretrained`")
     pretrained: Optional[str] = opt(None, "weight file of the vision tower and Q-Former")
     load_finetuned: bool = opt(False, "load `finetuned` on top")
-    finetuned: Optional[str] = opt(None, "weight file of what was trained: a projection, or trainable.safetensors of a checkpoint")
+    finetuned: Optional[str] = opt(
+        None, "weight file of what was trained: a projection, or trainable.safetensors of a checkpoint"
+    )
 
     def vit_dimensions(self) -> dict[str, Any]:
         """Dimensions of the ViT: the preset's, with what `vit` overrides."""
@@ -88,7 +97,9 @@ class MiniGPT4QwenConfig(VisionConfig):
     qformer_text_input: bool = opt(False, "give the question to the Q-Former", choices=(False,))
     llm_model: str = opt("ckpt/Qwen7B-chat", "folder of the LLM and its tokenizer, or a name on the Hugging Face hub")
     llm_device_map: Optional[str] = opt(None, "where the LLM's layers go in chat", choices=(None, "cpu", "auto"))
-    llm_quantization: Optional[str] = opt(None, "type of a frozen LLM's weights, if not that of the device (bitsandbytes)", choices=(None, "int8", "int4"))
+    llm_quantization: Optional[str] = opt(
+        None, "type of a frozen LLM's weights, if not that of the device (bitsandbytes)", choices=(None, "int8", "int4")
+    )
     freeze_llm: bool = opt(True, "do not train the LLM")
     freeze_proj: bool = opt(False, "do not train the linear layer between Q-Former and LLM")
     get_lora: bool = opt(False, "train LoRA adapters on the parts in lora_parts")
@@ -99,7 +110,8 @@ class MiniGPT4QwenConfig(VisionConfig):
     max_txt_len: int = opt(512, "longest sample, tokens, images included", at_least=8)
     llm_grad_checkpoint: Any = opt(
         "auto",
-        "recompute the LLM's activations in backward: less memory, slower; auto = on a GPU, where the plan of the run does not fit without",
+        "recompute the LLM's activations in backward: less memory, slower; auto = on a GPU, where the plan of the run"
+        " does not fit without",
         choices=("auto", True, False),
     )
     enable_autocast: bool = opt(True, "as `run.amp`; both must be true")
@@ -142,5 +154,7 @@ class ByteLevelBPEConfig(ModelConfig):
 
     vocab_size: int = opt(1024, "tokens, the 256 bytes and the control tokens included", at_least=300)
     min_frequency: int = opt(2, "how often a pair must occur to be merged", at_least=1)
-    add_prefix_space: bool = opt(False, "begin every text with a space, so that its first word is the same token as inside a text")
+    add_prefix_space: bool = opt(
+        False, "begin every text with a space, so that its first word is the same token as inside a text"
+    )
     split_pattern: Optional[str] = opt(None, "regular expression of words that are never merged with their neighbours")

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lavis.common.errors import CheckpointError, ConfigError, DataError
-from lavis.common.paths import resolve
-from lavis.datasets.types import IGNORE_INDEX
-from lavis.models.gguf import gguf_arguments, is_gguf
-from lavis.models.qwen1 import load_qwen1
-from lavis.models.qwen1_format import is_qwen1
+from lavis.core.errors import CheckpointError, ConfigError, DataError
+from lavis.core.paths import resolve
+from lavis.core.types import IGNORE_INDEX
+from lavis.weights.gguf import gguf_arguments, is_gguf
+from lavis.weights.qwen1 import load_qwen1
+from lavis.weights.qwen1_format import is_qwen1
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()
@@ -50,16 +49,23 @@ def load_llm(
     max_memory: dict[int | str, int] | None = None,
     quantization: str | None = None,
 ) -> PreTrainedModel:
-    """The causal LM in the folder or GGUF file `name` (relative paths: see lavis.common.paths.resolve) or of that name on the hub.
+    """The causal LM in the folder or GGUF file `name` (relative paths: see lavis.core.paths.resolve) or of that name on
+    the hub.
 
-    dtype: of the weights that are not quantised. device_map: transformers' (`auto` spreads the layers over the devices that are there,
+    dtype: of the weights that are not quantised. device_map: transformers' (`auto` spreads the layers over the devices
+    that are there,
     each filled up to max_memory bytes).
     quantization: int8 or int4 (bitsandbytes). Raises CheckpointError when there is no such LLM.
     """
     folder = resolve(name)
     source = {"pretrained_model_name_or_path": str(folder if folder.exists() else name)}
     source = gguf_arguments(name) if is_gguf(name) else source
-    settings = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory, "quantization_config": _quantization(quantization, dtype)}
+    settings = {
+        "dtype": dtype,
+        "device_map": device_map,
+        "max_memory": max_memory,
+        "quantization_config": _quantization(quantization, dtype),
+    }
     options = {key: value for key, value in settings.items() if value is not None}
     if is_qwen1(folder):
         return load_qwen1(folder, **options)
@@ -67,14 +73,17 @@ def load_llm(
         return AutoModelForCausalLM.from_pretrained(**source, **options, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"no language model could be loaded from {name!r} (looked in {folder}): {error}\n"
-            "Put the model's folder there, or set model.llm_model to its path or hub name. It must be an architecture that transformers has "
-            "built in, or first-generation Qwen, which is read from a folder (not by its hub name)."
+            f"no language model could be loaded from {name!r} (looked in {folder}): {error}\nPut the model's folder"
+            " there, or set model.llm_model to its path or hub name. It must be an architecture that transformers has"
+            " built in, or first-generation Qwen, which is read from a folder (not by its hub name)."
         ) from error
 
 
 def free_memory(reserved: int, gpu: int = 0) -> dict[int | str, int]:
-    """Device to bytes free there, with `reserved` bytes of one GPU kept for other parts. The host is the last resort."""
+    """Device to bytes free there, with `reserved` bytes of one GPU kept for other parts.
+
+    The host is the last resort.
+    """
     from accelerate.utils import get_max_memory
 
     free = get_max_memory()
@@ -97,7 +106,9 @@ def _quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | 
     if kind is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"model.llm_quantization {kind} needs bitsandbytes: pip install 'lavis[quant]', or set it to null.")
+        raise ConfigError(
+            f"model.llm_quantization {kind} needs bitsandbytes: pip install 'lavis[quant]', or set it to null."
+        )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -128,15 +139,23 @@ def context_length(llm: PreTrainedModel) -> int:
 def check_context(llm: PreTrainedModel, max_txt_len: int) -> None:
     """Raise ConfigError if samples of `max_txt_len` tokens are more than `llm` can read."""
     if max_txt_len > context_length(llm):
-        raise ConfigError(f"model.max_txt_len is {max_txt_len}, but the LLM reads at most {context_length(llm)} tokens: lower it, or choose another LLM.")
+        raise ConfigError(
+            f"model.max_txt_len is {max_txt_len}, but the LLM reads at most {context_length(llm)} tokens: lower it, or"
+            " choose another LLM."
+        )
 
 
 def supervised_loss(
-    llm: PreTrainedModel, inputs_embeds: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor, chunks: int | None = None
+    llm: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor,
+    chunks: int | None = None,
 ) -> torch.Tensor:
     """Sum of the next-token cross-entropy over supervised positions, fp32 scalar.
 
-    inputs_embeds: [B, L, D]; labels: int64 [B, L], not shifted; position_ids: int64 [B, L], restarting with each packed sample
+    inputs_embeds: [B, L, D]; labels: int64 [B, L], not shifted; position_ids: int64 [B, L], restarting with each packed
+    sample
     (transformers makes attention block-diagonal from that, as long as no attention mask and no cache is passed).
     Logits exist at supervised positions only. `chunks`: see cross_entropy_sum.
     """
@@ -150,8 +169,11 @@ def logits_rows(llm: PreTrainedModel) -> int:
     return max(1, LOGITS_CHUNK_BYTES // (4 * llm.get_output_embeddings().out_features))
 
 
-def cross_entropy_sum(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, chunks: int | None = None) -> torch.Tensor:
-    """Summed cross-entropy of the LM head at `hidden` [n, D] against `targets` int64 [n], in as few chunks as keep the logits small.
+def cross_entropy_sum(
+    llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, chunks: int | None = None
+) -> torch.Tensor:
+    """Summed cross-entropy of the LM head at `hidden` [n, D] against `targets` int64 [n], in as few chunks as keep the
+    logits small.
 
     `chunks`: calls of the head, where there have to be so many.
     """
@@ -165,7 +187,10 @@ def cross_entropy_sum(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch
 def _head_loss(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = llm.get_output_embeddings()(hidden).float()
     if getattr(llm.config, "logits_scaling", 1) != 1 or getattr(llm.config, "logit_scale", 1) != 1:
-        raise ConfigError(f"{type(llm).__name__} scales its logits behind the head, which training does not do yet: choose another LLM.")
+        raise ConfigError(
+            f"{type(llm).__name__} scales its logits behind the head, which training does not do yet: choose another"
+            " LLM."
+        )
     softcap = getattr(llm.config, "final_logit_softcapping", None)  # only some architectures have these keys
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
@@ -185,13 +210,17 @@ def generate(
 ) -> list[list[int]]:
     """Continue right-padded prompts by at most `max_new_tokens`, or to the end of the LLM's context.
 
-    inputs_embeds: [B, L, D]; lengths: true length of each row. `settings` go to transformers' generate (do_sample, ...).
+    inputs_embeds: [B, L, D]; lengths: true length of each row. `settings` go to transformers' generate (do_sample,
+    ...).
     Returns the new ids of each row, without the stop token. Raises DataError for a prompt that fills the context.
     """
     longest = max(lengths)
     room = context_length(llm) - longest
     if room < 1:
-        raise DataError(f"a prompt of {longest} tokens leaves no room for an answer: the LLM reads {context_length(llm)}. Shorten the conversation.")
+        raise DataError(
+            f"a prompt of {longest} tokens leaves no room for an answer: the LLM reads {context_length(llm)}. Shorten"
+            " the conversation."
+        )
     rows = [row[:n] for row, n in zip(inputs_embeds, lengths, strict=True)]
     embeds = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
     places = torch.arange(longest, device=embeds.device)
@@ -215,7 +244,9 @@ def recompute_activations(llm: PreTrainedModel) -> None:
 
 
 def add_lora(module: nn.Module, *, r: int, alpha: float, dropout: float) -> None:
-    """Put trainable LoRA adapters (peft) in fp32 on every Linear of `module` except the output head; all else is frozen."""
+    """Put trainable LoRA adapters (peft) in fp32 on every Linear of `module` except the output head; all else is
+    frozen.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None

@@ -2,7 +2,8 @@
 
     config.json                the `model` section, the LLM's own configuration, the id of the image placeholder
     generation_config.json     the LLM's
-    model*.safetensors         every tensor under its own name, LoRA adapters too; with an index when there are several files
+    model*.safetensors         every tensor under its own name, LoRA adapters too; with an index when there are several
+    files
 
 What transformers opens is another folder, which `lavis export hf` writes; it is read here as well.
 """
@@ -19,14 +20,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
-from lavis.common.errors import CheckpointError, ConfigError
-from lavis.common.json_file import read_json
-from lavis.common.paths import resolve
-from lavis.common.typed import Problem, read_dataclass
-from lavis.models.blip2 import MODEL_TYPE, own_config, own_tensors
+from lavis.config.typed import Problem, read_dataclass
+from lavis.core.errors import CheckpointError, ConfigError
+from lavis.core.json_file import read_json
+from lavis.core.paths import resolve
+from lavis.export.blip2 import MODEL_TYPE, own_config, own_tensors
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.shards import Shards
-from lavis.models.weights import load_configured, load_tensors
+from lavis.weights.shards import Shards
+from lavis.weights.tensors import load_configured, load_tensors
 
 if TYPE_CHECKING:
     from lavis.models.minigpt4qwen import MiniGPT4Qwen
@@ -41,7 +42,9 @@ def save_model(model: MiniGPT4Qwen, folder: str | Path, max_shard_size: int | st
     Raises ConfigError for a quantised LLM, whose weights are not there any more.
     """
     if model.config.llm_quantization:
-        raise ConfigError(f"an LLM in {model.config.llm_quantization} can't be saved: build the model without model.llm_quantization.")
+        raise ConfigError(
+            f"an LLM in {model.config.llm_quantization} can't be saved: build the model without model.llm_quantization."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {
@@ -55,8 +58,11 @@ def save_model(model: MiniGPT4Qwen, folder: str | Path, max_shard_size: int | st
     save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
-def load_model(cls: type[MiniGPT4Qwen], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None) -> MiniGPT4Qwen:
-    """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in `llm_dtype` if one is given.
+def load_model(
+    cls: type[MiniGPT4Qwen], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None
+) -> MiniGPT4Qwen:
+    """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in
+    `llm_dtype` if one is given.
 
     Raises CheckpointError when the folder is not one of the two kinds, or is incomplete.
     """
@@ -89,8 +95,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     values = read_json(folder / CONFIG)
     if values.get("model_type") not in (MODEL_TYPE, "minigpt4qwen"):
         raise CheckpointError(
-            f"{folder} holds a model of type {values.get('model_type')!r}: give a folder that save_pretrained or `lavis export hf` wrote, "
-            f"or one of another {MODEL_TYPE} with a causal LLM."
+            f"{folder} holds a model of type {values.get('model_type')!r}: give a folder that save_pretrained or `lavis"
+            f" export hf` wrote, or one of another {MODEL_TYPE} with a causal LLM."
         )
     return values
 
@@ -99,15 +105,25 @@ def _read_section(values: Mapping[str, Any], folder: Path) -> MiniGPT4QwenConfig
     problems: list[Problem] = []
     config = read_dataclass(MiniGPT4QwenConfig, values, "model", problems)
     if problems:
-        raise ConfigError(f"{folder / CONFIG}: " + "; ".join(f"{p.key}: {p.message}" for p in problems) + ". Was it written by another version?")
+        raise ConfigError(
+            f"{folder / CONFIG}: "
+            + "; ".join(f"{p.key}: {p.message}" for p in problems)
+            + ". Was it written by another version?"
+        )
     return config
 
 
-def _llm(values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _llm(
+    values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype
+) -> PreTrainedModel:
     """The LLM without its adapters. transformers makes it from its tensors, so no time goes into random ones."""
     config = AutoConfig.for_model(**values)
     # The module under an adapter is called base_layer.
-    own = {k.removeprefix(LLM).replace(".base_layer.", "."): v for k, v in tensors.items() if k.startswith(LLM) and ".lora_" not in k}
+    own = {
+        k.removeprefix(LLM).replace(".base_layer.", "."): v
+        for k, v in tensors.items()
+        if k.startswith(LLM) and ".lora_" not in k
+    }
     llm = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=own, dtype=dtype)
     llm.generation_config = GenerationConfig.from_pretrained(folder)
     return llm

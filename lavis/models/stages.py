@@ -1,4 +1,5 @@
-"""A model cut into stages: each holds a range of the LLM's blocks; the first also vision tower, projection and embeddings, the last norm, head and loss.
+"""A model cut into stages: each holds a range of the LLM's blocks; the first also vision tower, projection and
+embeddings, the last norm, head and loss.
 
 A stage is built and loaded by itself: the host that runs it never holds the other blocks.
 """
@@ -18,17 +19,17 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lavis.common.errors import CheckpointError, ConfigError
-from lavis.common.paths import resolve
-from lavis.datasets.types import IGNORE_INDEX
+from lavis.core.errors import CheckpointError, ConfigError
+from lavis.core.paths import resolve
+from lavis.core.types import IGNORE_INDEX
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.gguf import is_gguf
 from lavis.models.llm import add_lora, cross_entropy_sum, recompute_activations
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
-from lavis.models.qwen1 import open_qwen1
-from lavis.models.qwen1_format import is_qwen1
-from lavis.models.shards import LazyTensor, Shards
-from lavis.models.weights import load_configured
+from lavis.weights.gguf import is_gguf
+from lavis.weights.qwen1 import open_qwen1
+from lavis.weights.qwen1_format import is_qwen1
+from lavis.weights.shards import LazyTensor, Shards
+from lavis.weights.tensors import load_configured
 
 SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures whose blocks know nothing of how many come before them."""
@@ -72,20 +73,27 @@ def open_llm(name: str) -> tuple[PreTrainedConfig, dict[str, LazyTensor]]:
     """
     folder = resolve(name)
     if is_gguf(name):
-        raise ConfigError(f"model.llm_model {name}: a GGUF file can't be cut into stages. Take the model's safetensors folder.")
+        raise ConfigError(
+            f"model.llm_model {name}: a GGUF file can't be cut into stages. Take the model's safetensors folder."
+        )
     if not folder.exists():
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     if is_qwen1(folder):
         return open_qwen1(folder)
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in SPLITTABLE:
-        raise ConfigError(f"model.llm_model {name} is a {config.model_type}; stages are known for {', '.join(SPLITTABLE)} and first-generation Qwen.")
+        raise ConfigError(
+            f"model.llm_model {name} is a {config.model_type}; stages are known for {', '.join(SPLITTABLE)} and"
+            " first-generation Qwen."
+        )
     shards = Shards(folder)
     return config, {key: LazyTensor(shards, key) for key in shards.shapes}
 
 
 def llm_part(config: PreTrainedConfig, part: Part, dtype: torch.dtype) -> PreTrainedModel:
-    """The blocks of `part` as a causal LM of its own whose parameters are on the meta device; norm, head and embeddings only where they belong."""
+    """The blocks of `part` as a causal LM of its own whose parameters are on the meta device; norm, head and embeddings
+    only where they belong.
+    """
     own = copy.deepcopy(config)
     own.num_hidden_layers = part.end - part.start
     if getattr(own, "layer_types", None):
@@ -101,14 +109,22 @@ def llm_part(config: PreTrainedConfig, part: Part, dtype: torch.dtype) -> PreTra
     return llm.eval()
 
 
-def load_part(llm: PreTrainedModel, part: Part, tensors: dict[str, LazyTensor], name: str, device: torch.device) -> None:
-    """Give the meta parameters of `llm` their values, one tensor after another, on `device`. Raises CheckpointError naming what is missing."""
+def load_part(
+    llm: PreTrainedModel, part: Part, tensors: dict[str, LazyTensor], name: str, device: torch.device
+) -> None:
+    """Give the meta parameters of `llm` their values, one tensor after another, on `device`.
+
+    Raises CheckpointError naming what is missing.
+    """
     sources = {key: part.whole_name(key) for key, _ in llm.named_parameters()}
     if part.is_last and "lm_head.weight" not in tensors:  # tied
         sources["lm_head.weight"] = "model.embed_tokens.weight"
     if missing := sorted(source for source in sources.values() if source not in tensors):
-        raise CheckpointError(f"{name} lacks {', '.join(missing[:8])}, which stage {part.index} of {part.count} needs. Download it again.")
-    for key in sorted(sources, key=lambda key: -llm.get_parameter(key).numel()):  # the largest first, while there is little else beside its file
+        raise CheckpointError(
+            f"{name} lacks {', '.join(missing[:8])}, which stage {part.index} of {part.count} needs. Download it again."
+        )
+    # the largest first, while there is little else beside its file
+    for key in sorted(sources, key=lambda key: -llm.get_parameter(key).numel()):
         source = sources[key]
         owner, _, leaf = key.rpartition(".")
         module = llm.get_submodule(owner)
@@ -120,9 +136,11 @@ def load_part(llm: PreTrainedModel, part: Part, tensors: dict[str, LazyTensor], 
 
 
 class Stage(nn.Module):
-    """One stage. First: [input_ids, position_ids, images] -> (hidden, position_ids); others take that pair; the last gives hidden alone.
+    """One stage. First: [input_ids, position_ids, images] -> (hidden, position_ids); others take that pair; the last
+    gives hidden alone.
 
-    images: pixel_values [N, 3, S, S] or features [N, Q, D], N may be 0 for the latter. What crosses a boundary is one float tensor and
+    images: pixel_values [N, 3, S, S] or features [N, Q, D], N may be 0 for the latter. What crosses a boundary is one
+    float tensor and
     integer positions; masks and rotary tables are made anew from these.
     """
 
@@ -143,7 +161,8 @@ class Stage(nn.Module):
             if config.recomputes_llm:
                 recompute_activations(llm)
         if not any(p.requires_grad for p in self.parameters()):
-            self.anchor = nn.Parameter(torch.zeros(1))  # an optimiser wants a parameter; this one has no part in anything
+            # an optimiser wants a parameter; this one has no part in anything
+            self.anchor = nn.Parameter(torch.zeros(1))
 
     @property
     def llm(self) -> PreTrainedModel:
@@ -164,7 +183,10 @@ class Stage(nn.Module):
                 yield self.part.whole_name(name.removeprefix("front.")), p
 
     def hidden(self, embeds: torch.Tensor, **settings: Any) -> torch.Tensor:
-        """The blocks: [B, L, D] -> [B, L, D]; behind the final norm in the last stage. `settings` go to transformers."""
+        """The blocks: [B, L, D] -> [B, L, D]; behind the final norm in the last stage.
+
+        `settings` go to transformers.
+        """
         return self.llm.base_model(inputs_embeds=embeds, **settings).last_hidden_state
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -178,6 +200,9 @@ class Stage(nn.Module):
         return hidden if self.part.is_last else (hidden, positions)
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the cross-entropy at the supervised positions, fp32; labels int64 [B, L], not shifted. Last stage only."""
+        """Sum of the cross-entropy at the supervised positions, fp32; labels int64 [B, L], not shifted.
+
+        Last stage only.
+        """
         supervised = labels[:, 1:] != IGNORE_INDEX
         return cross_entropy_sum(self.llm, hidden[:, :-1][supervised], labels[:, 1:][supervised])

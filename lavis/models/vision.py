@@ -13,7 +13,9 @@ from lavis.models.configs import VisionConfig
 
 
 def build_vit(config: VisionConfig) -> Eva:
-    """timm's EVA ViT with `config`'s dimensions: [N, 3, S, S] -> forward_features -> [N, 1 + (S/P)^2, D], no final norm, no head."""
+    """timm's EVA ViT with `config`'s dimensions: [N, 3, S, S] -> forward_features -> [N, 1 + (S/P)^2, D], no final
+    norm, no head.
+    """
     dimensions = config.vit_dimensions()
     init_std, pos_init_std = dimensions.pop("init_std"), dimensions.pop("pos_init_std")
     vit = Eva(
@@ -33,7 +35,9 @@ def build_vit(config: VisionConfig) -> Eva:
 
 
 def build_qformer(config: VisionConfig, encoder_width: int, *, text_vocab_size: int | None = None) -> Blip2QFormerModel:
-    """transformers' Q-Former over `encoder_width`-wide image tokens; with its text branch if a vocabulary size is given."""
+    """transformers' Q-Former over `encoder_width`-wide image tokens; with its text branch if a vocabulary size is
+    given.
+    """
     c = config.qformer
     return Blip2QFormerModel(
         Blip2QFormerConfig(
@@ -56,13 +60,15 @@ def build_qformer(config: VisionConfig, encoder_width: int, *, text_vocab_size: 
 class Blip2Base(nn.Module):
     """Base of the models that see. Parts that are frozen stay in eval mode and build no graph.
 
-    Submodule names are the original's: visual_encoder, ln_vision, query_tokens, Qformer. `on_meta` makes them without values.
+    Submodule names are the original's: visual_encoder, ln_vision, query_tokens, Qformer. `on_meta` makes them without
+    values.
     """
 
     def __init__(self, config: VisionConfig, *, text_vocab_size: int | None = None, on_meta: bool = False) -> None:
         super().__init__()
         self.config = config
-        with torch.device("meta") if on_meta else contextlib.nullcontext():  # no time and memory for values that a file brings
+        # no time and memory for values that a file brings
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
             self.visual_encoder = build_vit(config)
             width = self.visual_encoder.embed_dim
             self.ln_vision = nn.LayerNorm(width, eps=1e-5)
@@ -96,12 +102,16 @@ class Blip2Base(nn.Module):
         return self
 
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """(module, parameter of a part of it) where a forward reads a weight itself instead of calling the part: what splits weights over ranks must know."""
+        """(module, parameter of a part of it) where a forward reads a weight itself instead of calling the part: what
+        splits weights over ranks must know.
+        """
         attentions = [block.attn for block in self.visual_encoder.blocks]
         return [(attention, attention.qkv.weight) for attention in attentions if not attention.qkv_bias_separate]
 
     def cast_frozen_vit(self, dtype: torch.dtype) -> None:
-        """Cast the frozen ViT's Linear and Conv weights to `dtype`; norms, q/v biases, positions and class token stay fp32."""
+        """Cast the frozen ViT's Linear and Conv weights to `dtype`; norms, q/v biases, positions and class token stay
+        fp32.
+        """
         for module in self.visual_encoder.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(dtype)

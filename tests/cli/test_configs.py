@@ -10,15 +10,15 @@ import pytest
 
 import lavis
 from lavis.cli import COMMANDS, main
-from lavis.common.config import (
+from lavis.config.doc import recipes_markdown
+from lavis.config.recipe import (
     load_dataset_config,
     load_model_config,
     load_preprocess_config,
     load_recipe,
     shipped_recipes,
 )
-from lavis.common.config_doc import recipes_markdown
-from lavis.common.paths import CONFIGS_ROOT, PROJECTS_ROOT
+from lavis.core.paths import CONFIGS_ROOT, PROJECTS_ROOT
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "instruction_tuning/train"
@@ -100,7 +100,7 @@ def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lavis.common.config.shipped_recipes", interrupted)
+    monkeypatch.setattr("lavis.config.recipe.shipped_recipes", interrupted)
     assert main(["configs", "list"]) == 130
 
 

@@ -1,4 +1,6 @@
-"""The claim of the program: after training one linear layer, an LLM that never met the vision tower answers about pictures."""
+"""The claim of the program: after training one linear layer, an LLM that never met the vision tower answers about
+pictures.
+"""
 
 import json
 import os
@@ -17,7 +19,12 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAVIS_CACHE": str(folder / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "lavis", "demo", "--options", LESS, "run.max_epoch=3"], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+        [sys.executable, "-m", "lavis", "demo", "--options", LESS, "run.max_epoch=3"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done, folder

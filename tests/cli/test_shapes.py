@@ -1,8 +1,8 @@
 import pytest
 
 from lavis.cli.shapes import CHAIN, SHIPPED
-from lavis.common.config import load_recipe
-from lavis.common.errors import CheckpointError
+from lavis.config.recipe import load_recipe
+from lavis.core.errors import CheckpointError
 
 
 def test_the_chain_is_in_order_and_every_recipe_stands_on_what_comes_before():
@@ -12,9 +12,15 @@ def test_the_chain_is_in_order_and_every_recipe_stands_on_what_comes_before():
     exported = {name: load_recipe(f"shapes/{name}").run.export for name in names}
     assert set(SHIPPED) <= {export.removeprefix("shapes/") for export in exported.values()}
     read = {n: vars(load_recipe(f"shapes/{n}").model) for n in (*names, "align")}
-    assert read["stage2"]["llm_model"] == exported["llm_a"] and read["stage2"]["pretrained"].startswith(exported["stage1"])
-    assert read["align"]["llm_model"] == exported["llm_b"] and read["align"]["pretrained"].startswith(exported["stage2"])
-    assert read["llm_a"]["tokenizer"] == exported["tokenizer_a"] and read["llm_b"]["tokenizer"] == exported["tokenizer_b"]
+    assert read["stage2"]["llm_model"] == exported["llm_a"] and read["stage2"]["pretrained"].startswith(
+        exported["stage1"]
+    )
+    assert read["align"]["llm_model"] == exported["llm_b"] and read["align"]["pretrained"].startswith(
+        exported["stage2"]
+    )
+    assert (
+        read["llm_a"]["tokenizer"] == exported["tokenizer_a"] and read["llm_b"]["tokenizer"] == exported["tokenizer_b"]
+    )
 
 
 def test_the_two_llms_differ_in_family_width_and_vocabulary():

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from lavis.cli import main
-from lavis.common import download, hub
-from lavis.common.config import load_model_config, model_types
-from lavis.common.download import fetch_file
-from lavis.common.errors import DownloadError
+from lavis.config.recipe import load_model_config, model_types
+from lavis.core.errors import DownloadError
 from lavis.models.configs import MODEL_CONFIGS
-from lavis.models.gguf import PACKAGED
-from lavis.models.sources import SOURCES
+from lavis.weights import download, hub
+from lavis.weights.download import fetch_file
+from lavis.weights.gguf import PACKAGED
+from lavis.weights.sources import SOURCES
 
 RECIPE = "instruction_tuning/train"
 CONTENT = bytes(range(256)) * 40
@@ -205,7 +205,10 @@ class Hub:
         folder = options.get("local_dir")
         if options.get("dry_run"):
             sizes = {name: len(content) for name, content in HUB_FILES.items()}
-            return [SimpleNamespace(filename=n, file_size=s, will_download=not (folder / n).exists()) for n, s in sizes.items()]
+            return [
+                SimpleNamespace(filename=n, file_size=s, will_download=not (folder / n).exists())
+                for n, s in sizes.items()
+            ]
         for number, (name, content) in enumerate(HUB_FILES.items()):
             if number == self.broken:
                 raise ConnectionError("the hub hung up")
@@ -230,7 +233,12 @@ def test_a_hub_folder_appears_when_it_is_complete(fake_hub: Hub, tmp_path: Path)
     fake_hub.broken = None
     assert hub.fetch_folder("a/llm", ["*.json"], folder) == folder
     assert names(folder.parent) == ["llm"] and names(folder) == sorted(HUB_FILES)
-    assert fake_hub.calls[-1] == {"repo": "a/llm", "local_dir": tmp_path / "ckpt/llm.part", "allow_patterns": ["*.json"], "dry_run": False}
+    assert fake_hub.calls[-1] == {
+        "repo": "a/llm",
+        "local_dir": tmp_path / "ckpt/llm.part",
+        "allow_patterns": ["*.json"],
+        "dry_run": False,
+    }
 
 
 def test_an_incomplete_folder_is_filled_where_it_is(fake_hub: Hub, tmp_path: Path) -> None:
@@ -279,7 +287,9 @@ def test_what_is_missing_is_listed_with_key_size_and_command(cache: Path, capsys
     assert "missing   ~2.0 GB  cache/ckpt/eva/eva_vit_g.pth  (model.vit_pretrained)" in lines
     assert "    hf download Qwen/Qwen-7B-Chat --local-dir cache/ckpt/Qwen7B-chat" in lines
     vit = next(line for line in lines if line.strip().startswith("curl"))
-    assert "LAVIS/models/BLIP2/eva_vit_g.pth && mv cache/ckpt/eva/eva_vit_g.pth.part cache/ckpt/eva/eva_vit_g.pth" in vit
+    assert (
+        "LAVIS/models/BLIP2/eva_vit_g.pth && mv cache/ckpt/eva/eva_vit_g.pth.part cache/ckpt/eva/eva_vit_g.pth" in vit
+    )
     assert lines[-1] == f"7 of 7 missing; `lavis weights {RECIPE} --download` fetches 3 of them"
 
 
@@ -288,8 +298,14 @@ def put(path: Path, content: str = "x") -> None:
     path.write_text(content)
 
 
-def test_what_is_there_is_listed_and_an_llm_without_a_shard_is_not(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("ckpt/eva/eva_vit_g.pth", "ckpt/blip2/blip2_pretrained_flant5xxl.pth", "ckpt/Qwen7B-chat/1.safetensors"):
+def test_what_is_there_is_listed_and_an_llm_without_a_shard_is_not(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (
+        "ckpt/eva/eva_vit_g.pth",
+        "ckpt/blip2/blip2_pretrained_flant5xxl.pth",
+        "ckpt/Qwen7B-chat/1.safetensors",
+    ):
         put(cache / name)
     for name in ("llava", "minigpt4"):
         put(cache / f"dataset/{name}/{name}_minigpt4qwen_format.json", "[]")
@@ -305,7 +321,9 @@ def test_what_is_there_is_listed_and_an_llm_without_a_shard_is_not(cache: Path, 
     assert "present       1 B  cache/ckpt/eva/eva_vit_g.pth  (model.vit_pretrained)" in out and "0 of 7 missing" in out
 
 
-def test_parts_of_the_shapes_world_come_with_the_package_or_are_built(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_of_the_shapes_world_come_with_the_package_or_are_built(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["weights", "shapes/align"]) == 0
     assert main(["weights", "shapes/stage1"]) == 1
     assert "    lavis shapes build\n" in capsys.readouterr().out
@@ -341,14 +359,19 @@ def test_a_name_on_the_hub_is_looked_up_in_the_clients_cache(
     options = ["--options", "model.llm_model=Qwen/Qwen2.5-7B-Instruct"]
     assert main(["weights", RECIPE, *options]) == 1
     out = capsys.readouterr().out
-    assert "Qwen/Qwen2.5-7B-Instruct on the Hugging Face hub  (model.llm_model)\n    hf download Qwen/Qwen2.5-7B-Instruct\n" in out
+    assert (
+        "Qwen/Qwen2.5-7B-Instruct on the Hugging Face hub  (model.llm_model)\n    hf download"
+        " Qwen/Qwen2.5-7B-Instruct\n" in out
+    )
     put(cache / "snapshot/model.safetensors")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(cache / "snapshot"))
     main(["weights", RECIPE, *options])
     assert "cache/snapshot  (model.llm_model)" in capsys.readouterr().out
 
 
-def test_a_packaged_llm_is_assembled_by_its_package(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_packaged_llm_is_assembled_by_its_package(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     name, package = next(iter(PACKAGED.items()))
     options = ["--options", f"model.llm_model=gguf/{name}"]
     assert main(["weights", "shapes/align", *options]) == 1

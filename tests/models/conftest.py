@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lavis.datasets.types import IGNORE_INDEX, Batch
+from lavis.core.types import IGNORE_INDEX, Batch
 from lavis.models.configs import MiniGPT4QwenConfig, QFormerConfig, VitConfig
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
 
@@ -50,7 +50,10 @@ def small_model(**changes):
 
 
 def batch_of(lengths, images, seed=0):
-    """A padded batch; row i has lengths[i] tokens, of which 2.. are images[i] spans of 4 placeholders; the last third is supervised."""
+    """A padded batch; row i has lengths[i] tokens, of which 2..
+
+    are images[i] spans of 4 placeholders; the last third is supervised.
+    """
     torch.manual_seed(seed)
     width = max(lengths)
     ids = torch.zeros(len(lengths), width, dtype=torch.long)
@@ -63,7 +66,13 @@ def batch_of(lengths, images, seed=0):
     pixels = torch.randn(sum(images), 3, 32, 32) if sum(images) else None
     positions = torch.arange(width).expand(len(lengths), width)
     return Batch(
-        ids, labels, positions, pixels, num_tokens=int((labels != IGNORE_INDEX).sum()), lengths=tuple(lengths), num_samples=len(lengths)
+        ids,
+        labels,
+        positions,
+        pixels,
+        num_tokens=int((labels != IGNORE_INDEX).sum()),
+        lengths=tuple(lengths),
+        num_samples=len(lengths),
     )
 
 

@@ -9,7 +9,10 @@ from safetensors.torch import save_file
 
 CONFIG = {
     "architectures": ["QWenLMHeadModel"],
-    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
+    "auto_map": {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    },
     "attn_dropout_prob": 0.0,
     "emb_dropout_prob": 0.0,
     "hidden_size": 48,
@@ -57,12 +60,24 @@ FOURTEEN_B = SEVEN_B | {
 def layout(config):
     """Every tensor of a Qwen-1 checkpoint with its shape."""
     width, mlp, vocab = config["hidden_size"], config["intermediate_size"] // 2, config["vocab_size"]
-    shapes = {"transformer.wte.weight": (vocab, width), "transformer.ln_f.weight": (width,), "lm_head.weight": (vocab, width)}
+    shapes = {
+        "transformer.wte.weight": (vocab, width),
+        "transformer.ln_f.weight": (width,),
+        "lm_head.weight": (vocab, width),
+    }
     for i in range(config["num_hidden_layers"]):
         h = f"transformer.h.{i}."
         shapes |= {f"{h}ln_1.weight": (width,), f"{h}ln_2.weight": (width,)}
-        shapes |= {f"{h}attn.c_attn.weight": (3 * width, width), f"{h}attn.c_attn.bias": (3 * width,), f"{h}attn.c_proj.weight": (width, width)}
-        shapes |= {f"{h}mlp.w1.weight": (mlp, width), f"{h}mlp.w2.weight": (mlp, width), f"{h}mlp.c_proj.weight": (width, mlp)}
+        shapes |= {
+            f"{h}attn.c_attn.weight": (3 * width, width),
+            f"{h}attn.c_attn.bias": (3 * width,),
+            f"{h}attn.c_proj.weight": (width, width),
+        }
+        shapes |= {
+            f"{h}mlp.w1.weight": (mlp, width),
+            f"{h}mlp.w2.weight": (mlp, width),
+            f"{h}mlp.c_proj.weight": (width, mlp),
+        }
     return shapes
 
 
@@ -109,7 +124,15 @@ def write_folder(folder, weights, config=CONFIG, form="safetensors", shards=3):
     """A Qwen-1 folder: `form` safetensors or bin, in one file or in `shards` with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    settings = {"chat_format": "chatml", "do_sample": True, "eos_token_id": 300, "max_new_tokens": 512, "pad_token_id": 300, "top_k": 0, "top_p": 0.8}
+    settings = {
+        "chat_format": "chatml",
+        "do_sample": True,
+        "eos_token_id": 300,
+        "max_new_tokens": 512,
+        "pad_token_id": 300,
+        "top_k": 0,
+        "top_p": 0.8,
+    }
     (folder / "generation_config.json").write_text(json.dumps(settings))
     save = save_file if form == "safetensors" else torch.save
     stem = {"safetensors": "model", "bin": "pytorch_model"}[form]

@@ -1,6 +1,6 @@
 import torch
 
-from lavis.datasets.types import Batch
+from lavis.core.types import Batch
 from lavis.models.blip2_qformer import Blip2QFormer
 from lavis.models.configs import Blip2QFormerStage1Config
 from tests.models.conftest import randomize, tower_settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis.common.errors import CheckpointError
+from lavis.core.errors import CheckpointError
 from lavis.models.llm import load_llm
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
 from tests.models.conftest import IMAGE_ID, batch_of, randomize, small_llm, small_model

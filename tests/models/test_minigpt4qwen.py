@@ -121,7 +121,11 @@ def test_answers_do_not_depend_on_the_batch_and_equal_transformers_generate(mode
     embeds = model.embed(batch)
     for row, length in enumerate(batch.lengths):
         alone = model.llm_model.generate(
-            inputs_embeds=embeds[row : row + 1, :length], max_new_tokens=8, do_sample=False, eos_token_id=[5], pad_token_id=0
+            inputs_embeds=embeds[row : row + 1, :length],
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=[5],
+            pad_token_id=0,
         )[0].tolist()
         assert together[row] == (alone[: alone.index(5)] if 5 in alone else alone)
 

@@ -1,11 +1,14 @@
-"""save_pretrained and from_pretrained: the same model, bit for bit. What transformers' own folder gives is in tests/converters."""
+"""save_pretrained and from_pretrained: the same model, bit for bit.
+
+What transformers' own folder gives is in tests/converters.
+"""
 
 import json
 
 import pytest
 import torch
 
-from lavis.common.errors import CheckpointError, ConfigError
+from lavis.core.errors import CheckpointError, ConfigError
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
 from tests.models.conftest import batch_of, small_model
 
@@ -20,7 +23,9 @@ def test_round_trip(tmp_path, changes, size):
     again = MiniGPT4Qwen.from_pretrained(tmp_path)
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
     assert again.llm_model.generation_config.repetition_penalty == 1.05 and not again.training
     batch = batch_of([19, 12], [2, 1])
     assert torch.equal(model(batch).loss_sum, again(batch).loss_sum)
@@ -51,7 +56,9 @@ def test_a_tensor_too_few(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["ln_vision.bias"], tensors["llm_model.model.layers.1.self_attn.q_proj.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing: llm_model\.model\.layers\.1\.self_attn\.q_proj\.bias, ln_vision\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: llm_model\.model\.layers\.1\.self_attn\.q_proj\.bias, ln_vision\.bias"
+    ):
         MiniGPT4Qwen.from_pretrained(tmp_path)
 
 

@@ -11,15 +11,24 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
-from lavis.common.errors import CheckpointError, ConfigError, DataError
+from lavis.core.errors import CheckpointError, ConfigError, DataError
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.llm import check_context, generate, load_llm
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
-from lavis.models.qwen1 import open_qwen1
-from lavis.models.shards import Shards
-from lavis.models.weights import load_finetuned
+from lavis.weights.qwen1 import open_qwen1
+from lavis.weights.shards import Shards
+from lavis.weights.tensors import load_finetuned
 from tests.models.conftest import IMAGE_ID, batch_of, tower_settings
-from tests.models.qwen1_reference import CONFIG, FOURTEEN_B, SEVEN_B, layout, logits, random_weights, write_folder, write_vocabulary
+from tests.models.qwen1_reference import (
+    CONFIG,
+    FOURTEEN_B,
+    SEVEN_B,
+    layout,
+    logits,
+    random_weights,
+    write_folder,
+    write_vocabulary,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,10 @@ def test_a_tied_head_is_the_embedding(tmp_path, weights):
 
 
 def test_saved_tables_are_ignored_and_nothing_else_is(tmp_path, weights):
-    tables = {"transformer.rotary_emb.inv_freq": torch.ones(6), "transformer.h.2.attn.rotary_emb.inv_freq": torch.ones(6)}
+    tables = {
+        "transformer.rotary_emb.inv_freq": torch.ones(6),
+        "transformer.h.2.attn.rotary_emb.inv_freq": torch.ones(6),
+    }
     load_llm(str(write_folder(tmp_path / "a", weights | tables)))
     wrong = {k: v for k, v in weights.items() if k not in ("transformer.h.1.mlp.w2.weight", "lm_head.weight")}
     wrong |= {"transformer.h.3.ln_1.weight": torch.ones(48), "transformer.h.0.attn.c_attn.weight": torch.ones(144, 40)}
@@ -114,7 +126,11 @@ def test_missing_and_truncated_shards_are_named_with_what_they_hold(tmp_path, we
     folder = write_folder(tmp_path, weights, form=form, shards=2)
     shard = sorted(folder.glob(f"*-00002-*.{form}"))[0]
     content = shard.read_bytes()
-    for damage in (lambda: shard.write_bytes(content[: len(content) // 2]), lambda: shard.write_bytes(b""), shard.unlink):
+    for damage in (
+        lambda: shard.write_bytes(content[: len(content) // 2]),
+        lambda: shard.write_bytes(b""),
+        shard.unlink,
+    ):
         damage()
         with pytest.raises(CheckpointError) as error:
             load_llm(str(folder))
@@ -198,7 +214,9 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path, weights, form
     config = CONFIG | {"hidden_size": 512, "kv_channels": 128, "intermediate_size": 4096, "num_hidden_layers": 24}
     large = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in layout(config).items()}
     folders = write_folder(tmp_path / "small", weights), write_folder(tmp_path / "large", large, config, form, shards=1)
-    done = subprocess.run([sys.executable, "-c", MEMORY, *map(str, folders), dtype], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *map(str, folders), dtype], capture_output=True, text=True, check=True
+    )
     assert 0.9 < float(done.stdout) < 1.2
 
 
@@ -234,9 +252,15 @@ def test_four_bit_weights_are_made_while_reading(tmp_path, weights):
 
 
 def test_the_originals_full_dict_fills_the_language_model(tmp_path, weights):
-    model = MiniGPT4Qwen(MiniGPT4QwenConfig(**tower_settings()), load_llm(str(write_folder(tmp_path, random_weights(seed=1)))), 299)
+    model = MiniGPT4Qwen(
+        MiniGPT4QwenConfig(**tower_settings()), load_llm(str(write_folder(tmp_path, random_weights(seed=1)))), 299
+    )
     full = {f"llm_model.{name}": tensor for name, tensor in weights.items()}
-    full |= {"llm_proj.weight": torch.randn(48, 40), "llm_proj.bias": torch.randn(48), "llm_model.transformer.rotary_emb.inv_freq": torch.ones(6)}
+    full |= {
+        "llm_proj.weight": torch.randn(48, 40),
+        "llm_proj.bias": torch.randn(48),
+        "llm_model.transformer.rotary_emb.inv_freq": torch.ones(6),
+    }
     torch.save({"model": full}, tmp_path / "model.pth")
     load_finetuned(model, str(tmp_path / "model.pth"))
     ids = torch.randint(0, CONFIG["vocab_size"], (20,))

@@ -1,10 +1,12 @@
-"""The released files of BLIP-2 fit the real-size tower, key by key, without a byte of weights: all is on the meta device."""
+"""The released files of BLIP-2 fit the real-size tower, key by key, without a byte of weights: all is on the meta
+device.
+"""
 
 import torch
 
-from lavis.models import weights
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.vision import Blip2Base
+from lavis.weights import tensors as weights
 
 WIDTH, MLP, BERT, BERT_MLP = 1408, 6144, 768, 3072
 
@@ -24,13 +26,23 @@ def eva_vit_g():
     for i in range(40):
         block = f"blocks.{i}."
         shapes |= norm(block + "norm1", WIDTH) | norm(block + "norm2", WIDTH)
-        shapes |= {block + "attn.q_bias": (WIDTH,), block + "attn.v_bias": (WIDTH,), block + "attn.qkv.weight": (3 * WIDTH, WIDTH)}
-        shapes |= linear(block + "attn.proj", WIDTH, WIDTH) | linear(block + "mlp.fc1", MLP, WIDTH) | linear(block + "mlp.fc2", WIDTH, MLP)
+        shapes |= {
+            block + "attn.q_bias": (WIDTH,),
+            block + "attn.v_bias": (WIDTH,),
+            block + "attn.qkv.weight": (3 * WIDTH, WIDTH),
+        }
+        shapes |= (
+            linear(block + "attn.proj", WIDTH, WIDTH)
+            | linear(block + "mlp.fc1", MLP, WIDTH)
+            | linear(block + "mlp.fc2", WIDTH, MLP)
+        )
     return shapes
 
 
 def blip2_flant5xxl():
-    """What blip2_pretrained_flant5xxl.pth holds under `model`: queries, ln_vision, Q-Former with its text branch, the T5 projection."""
+    """What blip2_pretrained_flant5xxl.pth holds under `model`: queries, ln_vision, Q-Former with its text branch, the
+    T5 projection.
+    """
     shapes = {"query_tokens": (1, 32, BERT)} | norm("ln_vision", WIDTH) | linear("t5_proj", 4096, BERT)
     embeddings = "Qformer.bert.embeddings."
     shapes |= norm(embeddings + "LayerNorm", BERT) | {embeddings + "word_embeddings.weight": (30523, BERT)}
@@ -39,23 +51,41 @@ def blip2_flant5xxl():
         layer = f"Qformer.bert.encoder.layer.{i}."
         for kind, width in (("attention", BERT), ("crossattention", WIDTH)) if i % 2 == 0 else (("attention", BERT),):
             own = f"{layer}{kind}."
-            shapes |= linear(own + "self.query", BERT, BERT) | linear(own + "self.key", BERT, width) | linear(own + "self.value", BERT, width)
+            shapes |= (
+                linear(own + "self.query", BERT, BERT)
+                | linear(own + "self.key", BERT, width)
+                | linear(own + "self.value", BERT, width)
+            )
             shapes |= linear(own + "output.dense", BERT, BERT) | norm(own + "output.LayerNorm", BERT)
         for suffix in ("", "_query"):
             shapes |= linear(f"{layer}intermediate{suffix}.dense", BERT_MLP, BERT)
-            shapes |= linear(f"{layer}output{suffix}.dense", BERT, BERT_MLP) | norm(f"{layer}output{suffix}.LayerNorm", BERT)
-    return shapes | linear("Qformer.cls.predictions.transform.dense", BERT, BERT) | {"Qformer.cls.predictions.bias": (30523,)}
+            shapes |= linear(f"{layer}output{suffix}.dense", BERT, BERT_MLP) | norm(
+                f"{layer}output{suffix}.LayerNorm", BERT
+            )
+    return (
+        shapes
+        | linear("Qformer.cls.predictions.transform.dense", BERT, BERT)
+        | {"Qformer.cls.predictions.bias": (30523,)}
+    )
 
 
 def test_the_released_files_fill_the_whole_tower(monkeypatch):
     files = {"eva_vit_g.pth": eva_vit_g(), "blip2_pretrained_flant5xxl.pth": blip2_flant5xxl()}
-    monkeypatch.setattr(weights, "read_tensors", lambda path: {k: torch.empty(s, device="meta") for k, s in files[path].items()})
+    monkeypatch.setattr(
+        weights, "read_tensors", lambda path: {k: torch.empty(s, device="meta") for k, s in files[path].items()}
+    )
     model = Blip2Base(MiniGPT4QwenConfig(), on_meta=True)
     assert all(p.is_meta for p in model.parameters())
     vit = weights.load_vit(model, "eva_vit_g.pth")
     rest = weights.load_tower(model, "blip2_pretrained_flant5xxl.pth", with_vit=False)
     assert {*vit.loaded, *rest.loaded} == set(model.state_dict())
     assert len(vit.loaded) == 4 + 39 * 13 and {name.split(".")[2] for name in vit.ignored} == {"39"}
-    assert round(sum(p.numel() for n, p in model.named_parameters() if n.startswith("visual_encoder.")), -6) == 986_000_000
-    left_out = {name for name in rest.ignored if not name.startswith(("t5_proj", "Qformer.cls", "Qformer.embeddings", "Qformer.bert.embeddings"))}
+    assert (
+        round(sum(p.numel() for n, p in model.named_parameters() if n.startswith("visual_encoder.")), -6) == 986_000_000
+    )
+    left_out = {
+        name
+        for name in rest.ignored
+        if not name.startswith(("t5_proj", "Qformer.cls", "Qformer.embeddings", "Qformer.bert.embeddings"))
+    }
     assert {name.split(".")[4] for name in left_out} == {"intermediate", "output"}  # the text branch's feed-forward

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavis.common.errors import CheckpointError, ConfigError
+from lavis.core.errors import CheckpointError, ConfigError
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.stages import SPLITTABLE, Part, Stage, cut, llm_part, load_part, open_llm
-from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, small_llm, small_model, tower_settings
+from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, small_model, tower_settings
 
 DIMENSIONS = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -42,7 +42,11 @@ def through(parts, embeds, **settings):
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize("model_type", SPLITTABLE)
 def test_the_stages_one_after_another_are_the_whole(tmp_path, model_type, changes):
-    changes |= {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2} if model_type.startswith("qwen") else {}
+    changes |= (
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}
+        if model_type.startswith("qwen")
+        else {}
+    )
     whole = write(tmp_path, model_type, **changes)
     ids = torch.randint(VOCAB, (2, 9))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)  # two packed samples
@@ -59,7 +63,9 @@ def test_the_stages_one_after_another_are_the_whole(tmp_path, model_type, change
 
 def test_names_are_those_of_the_whole_model():
     part = Part(1, 2, 3, 5)
-    assert part.whole_name("llm_model.model.layers.1.mlp.up_proj.weight") == "llm_model.model.layers.4.mlp.up_proj.weight"
+    assert (
+        part.whole_name("llm_model.model.layers.1.mlp.up_proj.weight") == "llm_model.model.layers.4.mlp.up_proj.weight"
+    )
     assert part.whole_name("llm_proj.weight") == "llm_proj.weight"
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lavis.common.errors import CheckpointError
+from lavis.core.errors import CheckpointError
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
-from lavis.models.weights import load_configured, load_finetuned, load_tower, load_vit, read_tensors
+from lavis.weights.tensors import load_configured, load_finetuned, load_tower, load_vit, read_tensors
 from tests.models.conftest import IMAGE_ID, small_llm, small_model, tower_settings
 
 
@@ -23,13 +23,20 @@ def original_names(model):
             name = re.sub(r"\.(attention|crossattention)\.attention\.", r".\1.self.", name)
             tensors[name] = value.clone()
     extras = ["t5_proj.weight", "Qformer.cls.predictions.bias", "Qformer.bert.embeddings.word_embeddings.weight"]
-    extras += ["Qformer.bert.encoder.layer.0.intermediate.dense.weight", "Qformer.bert.encoder.layer.0.output.LayerNorm.bias"]
+    extras += [
+        "Qformer.bert.encoder.layer.0.intermediate.dense.weight",
+        "Qformer.bert.encoder.layer.0.output.LayerNorm.bias",
+    ]
     return tensors | {name: torch.ones(3) for name in extras}
 
 
 def vit_file(model):
     """The ViT as eva_vit_g.pth has it: bare names, one block more, a norm and a head."""
-    tensors = {k.removeprefix("visual_encoder."): v.clone() for k, v in model.state_dict().items() if k.startswith("visual_encoder.")}
+    tensors = {
+        k.removeprefix("visual_encoder."): v.clone()
+        for k, v in model.state_dict().items()
+        if k.startswith("visual_encoder.")
+    }
     extra = {k.replace("blocks.1.", "blocks.2."): v for k, v in tensors.items() if k.startswith("blocks.1.")}
     return tensors | extra | {"fc_norm.weight": torch.ones(48), "head.weight": torch.ones(5, 48)}
 
@@ -79,7 +86,10 @@ def test_a_model_made_without_values_gets_all_of_them_from_its_files(tmp_path):
 
 def test_adapters_are_put_on_the_loaded_tower_and_each_has_an_effect(tmp_path):
     source = small_model()
-    save_file({k: v.clone() for k, v in source.state_dict().items() if not k.startswith("llm_")}, tmp_path / "tower.safetensors")
+    save_file(
+        {k: v.clone() for k, v in source.state_dict().items() if not k.startswith("llm_")},
+        tmp_path / "tower.safetensors",
+    )
     adapters = {"get_lora": True, "lora_parts": ["vit", "qformer"], "lora_dropout": 0.0}
     config = MiniGPT4QwenConfig(**tower_settings(), pretrained=str(tmp_path / "tower.safetensors"), **adapters)
     model = MiniGPT4Qwen(config, small_llm(), IMAGE_ID, on_meta=True)
@@ -108,7 +118,11 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_and_nothing_is_copie
     save_file(tensors, tmp_path / "tower.safetensors")
     with pytest.raises(CheckpointError) as error:
         load_tower(model, str(tmp_path / "tower.safetensors"))
-    for part in ("missing: ln_vision.bias", "unexpected: stranger.weight", "query_tokens: [1, 5, 40] in the file, [1, 4, 40]"):
+    for part in (
+        "missing: ln_vision.bias",
+        "unexpected: stranger.weight",
+        "query_tokens: [1, 5, 40] in the file, [1, 4, 40]",
+    ):
         assert part in str(error.value)
     assert torch.equal(model.ln_vision.weight, before)
 

@@ -1,1 +1,0 @@
-"""Chatting with a trained model: one engine and one session behind the terminal, the web page and the API."""

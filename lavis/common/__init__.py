@@ -1,1 +1,0 @@
-"""What every room of the house shares: registry, configuration, errors, logging, process groups."""

@@ -1,0 +1,118 @@
+"""The files and folders that a recipe names: what they are for, where they belong, and whether they are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lavis.config.rules import generates_itself
+from lavis.core.paths import resolve
+from lavis.models.configs import Blip2QFormerStage1Config, CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from lavis.config.recipe import Recipe
+    from lavis.config.schema import ModelConfig
+
+Kind = Literal["weights", "llm", "tokenizer", "annotations", "images", "checkpoint"]
+MADE_HERE = "shapes/"
+"""Begins the names of parts of the shapes world, which `lavis shapes build` makes."""
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf"}
+_PARTS_OF_ARCH: dict[type, dict[str, Kind]] = {
+    MiniGPT4QwenConfig: {"llm_model": "llm"},
+    Blip2QFormerStage1Config: {"tokenizer": "tokenizer"},
+    CausalLMConfig: {"llm_model": "llm", "tokenizer": "tokenizer"},
+}
+
+
+@dataclass(frozen=True)
+class NeededFile:
+    """A file or folder that a recipe names at the dotted `key`, spelt `name` there; `url` and `sha256` if the recipe
+    gives them.
+    """
+
+    key: str
+    kind: Kind
+    name: str
+    url: str | None = None
+    sha256: str | None = None
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether `name` is no path but one on the Hugging Face hub."""
+        path = Path(self.name).expanduser()
+        like_path = (
+            self.name.startswith(("ckpt/", MADE_HERE, ".")) or self.name.endswith(".gguf") or self.name.count("/") > 1
+        )
+        return (
+            self.kind in ("llm", "tokenizer") and not (path.is_absolute() or like_path) and not resolve(path).exists()
+        )
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is, or belongs (see lavis.core.paths.resolve); None for a name on the hub."""
+        if self.on_hub:
+            return None
+        return Path(self.name).absolute() if self.kind == "checkpoint" else resolve(self.name)
+
+
+def needed_files(recipe: Recipe) -> list[NeededFile]:
+    """Every weight, LLM, tokenizer, annotation file, image folder and checkpoint that `recipe` names.
+
+    A dataset that generates itself needs none.
+    """
+    files = list(model_files(recipe.model))
+    for name in recipe.datasets:
+        if not generates_itself(name):
+            files += _dataset_files(recipe, name)
+    resume = {key: getattr(recipe.run, key) for key in ("resume_ckpt_path", "resume_ckpt_load_dir")}
+    return [*files, *(NeededFile(f"run.{key}", "checkpoint", path) for key, path in resume.items() if path)]
+
+
+def missing_files(recipe: Recipe) -> list[tuple[str, Path]]:
+    """(dotted key, path where it belongs) of what `recipe` needs and is not there; names on the hub are left out."""
+    return missing_of(needed_files(recipe))
+
+
+def missing_of(files: Iterable[NeededFile]) -> list[tuple[str, Path]]:
+    """As `missing_files`, of these."""
+    placed = [(file, path) for file in files if (path := file.path)]
+    return [(file.key, path) for file, path in placed if not is_complete(path, file.kind)]
+
+
+def is_complete(path: Path, kind: Kind) -> bool:
+    """Whether `path` is a file, or a folder that holds anything; if it is an LLM's, weights with every shard that their
+    index names.
+    """
+    if not path.is_dir():
+        return path.exists()
+    names = {p.name for p in path.iterdir() if not p.name.startswith(".")}
+    if kind != "llm":
+        return bool(names)
+    index = path / "model.safetensors.index.json"
+    if index.name in names:
+        return names.issuperset(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return any(Path(name).suffix in _WEIGHT_SUFFIXES for name in names)
+
+
+def model_files(model: ModelConfig) -> Iterator[NeededFile]:
+    """What a `model` section names."""
+    kinds: dict[str, Kind] = {}
+    if isinstance(model, VisionConfig):
+        kinds |= {"vit_pretrained": "weights", "pretrained": "weights"} if model.load_pretrained else {}
+        kinds |= {"finetuned": "weights"} if model.load_finetuned else {}
+    kinds |= _PARTS_OF_ARCH.get(type(model), {})
+    for key, kind in kinds.items():
+        if name := getattr(model, key):
+            yield NeededFile(f"model.{key}", kind, name)
+
+
+def _dataset_files(recipe: Recipe, name: str) -> Iterator[NeededFile]:
+    info, prefix = recipe.datasets[name].build_info, f"datasets.{name}.build_info"
+    for split, source in info.annotations.items():
+        for storage, url, sha256 in source.files():
+            yield NeededFile(f"{prefix}.annotations.{split}.storage", "annotations", storage, url, sha256)
+    if info.images.storage:
+        yield NeededFile(f"{prefix}.images.storage", "images", info.images.storage)

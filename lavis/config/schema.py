@@ -1,0 +1,268 @@
+"""The typed schema of a recipe: what `run`, `datasets.<name>` and every `model` may hold.
+
+Each field is made with `opt`, whose help text (meaning and unit) also feeds docs/recipes.md and `lavis configs show`.
+The models' own sections are in lavis/models/configs.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, Optional
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    registry: str | None = None,
+    at_least: float | None = None,
+    unused: str | None = None,
+) -> Any:
+    """A schema field.
+
+    `choices`: the allowed values (of a list: of its items). `registry`: the name must be in this registry (`task`,
+    `runner`, `processor`, `lr_schedule`).
+    `at_least`: smallest allowed number. `unused`: why the key, kept for old recipes, no longer matters (warned once
+    when set).
+    A mutable default (list, dict) is copied for each instance.
+    """
+    metadata = {"help": help, "choices": choices, "registry": registry, "at_least": at_least, "unused": unused}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The items of a key that takes one value or a list; null is none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+@dataclass
+class ModelConfig:
+    """Keys common to all models."""
+
+    arch: str = opt("minigpt4qwen", "name of the model in the registry")
+    model_type: str = opt("default", "which of the model's default YAML files applies (qwen7b_chat, qwen14b_chat, ...)")
+    chat_template: Optional[str] = opt(
+        None, "Jinja template of conversations, for an LLM that brings none; null = the tokenizer's, else ChatML"
+    )
+
+
+@dataclass
+class AnnotationSource:
+    """Where the annotations of one split are."""
+
+    url: Optional[Any] = opt(
+        None,
+        "https address that `lavis weights --download` fetches a missing file from (one, or a list: one for each file)",
+    )
+    sha256: Optional[Any] = opt(None, "SHA-256 of what is at url, 64 hexadecimal digits (one, or a list)")
+    storage: Optional[Any] = opt(None, "annotation file, or a list of files; relative paths resolve under cache/")
+
+    def files(self) -> list[tuple[str, Optional[str], Optional[str]]]:
+        """(path, address, SHA-256) of each file; the last two are None where they are not given.
+
+        A `url` that is a path, as in the original's files, is no address.
+        """
+        rows = zip_longest(*map(as_list, (self.storage, self.url, self.sha256)))
+        return [(path, url if url and "://" in url else None, sha256) for path, url, sha256 in rows if path]
+
+
+@dataclass
+class ImageSource:
+    """Where the images are."""
+
+    storage: Optional[str] = opt(None, "folder that image paths in annotations are relative to")
+
+
+@dataclass
+class BuildInfo:
+    """Files of a dataset."""
+
+    annotations: dict[str, AnnotationSource] = opt({}, "split name (train, val, test) to its annotation files")
+    images: ImageSource = opt(ImageSource, "image folder")
+
+
+@dataclass
+class ProcessorConfig:
+    """An image or text processor."""
+
+    name: str = opt("blip2_image_eval", "name of the processor in the registry", registry="processor")
+    image_size: int = opt(224, "side of the square the image becomes, pixels", at_least=1)
+    mean: Optional[list[float]] = opt(None, "per-channel mean of RGB in 0..1; CLIP's when null")
+    std: Optional[list[float]] = opt(None, "per-channel standard deviation of RGB in 0..1; CLIP's when null")
+    min_scale: float = opt(0.5, "smallest area share of a random crop (only processors that crop)")
+    max_scale: float = opt(1.0, "largest area share of a random crop (only processors that crop)")
+    max_words: Optional[int] = opt(None, "text: words kept; null keeps all", at_least=1)
+    prompt: Optional[str] = opt(None, "text: put before the caption")
+
+
+@dataclass
+class ProcessorPair:
+    """A processor for training and one for evaluation."""
+
+    train: ProcessorConfig = opt(ProcessorConfig, "used on training splits")
+    eval: ProcessorConfig = opt(ProcessorConfig, "used on the other splits and for chat")
+
+
+@dataclass
+class TextProcessorConfig(ProcessorConfig):
+    """A text processor."""
+
+    name: str = opt("base_instruction", "name of the processor in the registry", registry="processor")
+
+
+@dataclass
+class TextProcessorPair(ProcessorPair):
+    """A text processor for training and one for evaluation."""
+
+    train: TextProcessorConfig = opt(TextProcessorConfig, "used on training splits")
+    eval: TextProcessorConfig = opt(TextProcessorConfig, "used on the other splits and for chat")
+
+
+@dataclass
+class PreprocessConfig:
+    """The `preprocess` section of a model's default YAML: the processors its weights were trained with."""
+
+    vis_processor: ProcessorPair = opt(ProcessorPair, "image processors")
+    text_processor: TextProcessorPair = opt(TextProcessorPair, "text processors")
+
+
+@dataclass
+class DatasetConfig:
+    """One entry of `datasets`."""
+
+    data_type: str = opt("images", "what the rows refer to", choices=("images", "text"))
+    format: str = opt(
+        "auto",
+        "annotation dialect; auto looks at the keys of each row",
+        choices=("auto", "minigpt4qwen", "llava", "sharegpt", "messages", "alpaca"),
+    )
+    sample_format: str = opt(
+        "chat",
+        "chat: the conversation in the chat template; caption: the last answer alone",
+        choices=("chat", "caption"),
+    )
+    supervise: str = opt(
+        "assistant",
+        "which tokens are learned: assistant = answers and their end token; "
+        "markup = also the control tokens of every turn, as the original did",
+        choices=("assistant", "markup"),
+    )
+    build_info: BuildInfo = opt(BuildInfo, "files of the dataset")
+    vis_processor: ProcessorPair = opt(ProcessorPair, "image processors")
+    text_processor: TextProcessorPair = opt(TextProcessorPair, "text processors")
+    generate: dict[str, Any] = opt({}, "arguments of a dataset that generates itself (the shapes world): sizes, seed")
+
+
+@dataclass
+class SamplePrompt:
+    """A fixed question, answered before, during and after training."""
+
+    image: Optional[str] = opt(None, "path of the image; null asks without one")
+    prompt: str = opt("Describe this image.", "the question")
+
+
+@dataclass
+class RunConfig:
+    """The `run` section: what is done, for how long, how it is optimised and what is written."""
+
+    runner: str = opt("runner_base", "name of the runner in the registry", registry="runner")
+    task: str = opt("image_text_pretrain", "name of the task in the registry", registry="task")
+
+    # how long, how much
+    max_epoch: int = opt(10, "passes over the training data", at_least=1)
+    max_steps: Optional[int] = opt(None, "optimiser steps; ends training before max_epoch when reached", at_least=1)
+    batch_size_train: int = opt(
+        1, "micro-batch: samples (packed: rows of pack_length) per rank and forward", at_least=1
+    )
+    batch_size_eval: int = opt(16, "samples per rank and forward in validation and generation", at_least=1)
+    accum_grad_iters: int = opt(1, "micro-batches per optimiser step", at_least=1)
+    global_batch_size: Optional[int] = opt(
+        None,
+        "samples (packed: rows) per optimiser step over all ranks; accum_grad_iters then follows from it",
+        at_least=1,
+    )
+    num_workers: int = opt(4, "processes per rank that load images; 0 loads in the training process", at_least=0)
+    packing: bool = opt(False, "pack samples into rows of pack_length with block-diagonal attention")
+    pack_length: int = opt(2048, "tokens of a packed row", at_least=8)
+    length_grouping: bool = opt(True, "put samples of like length into the same micro-batch, which saves padding")
+    max_bad_image_share: float = opt(0.01, "stop when more than this share of images could not be read", at_least=0)
+    cache_features: bool = opt(
+        False,
+        "encode each image once with the frozen vision tower and Q-Former and keep the result in memory "
+        "(needs a frozen tower and a deterministic image processor)",
+    )
+
+    # optimisation
+    lr_sched: str = opt("linear_warmup_cosine_lr_step-wise", "learning-rate schedule", registry="lr_schedule")
+    init_lr: float = opt(1e-4, "peak learning rate", at_least=0)
+    min_lr: float = opt(1e-6, "learning rate at the end of the decay", at_least=0)
+    warmup_lr: float = opt(0.0, "learning rate at the first step of the warm-up; -1 = init_lr")
+    warmup_steps: int = opt(0, "optimiser steps of linear warm-up", at_least=0)
+    warmup_ratio: Optional[float] = opt(None, "warm-up as a share of all steps; overrides warmup_steps", at_least=0)
+    lr_decay_rate: Optional[float] = opt(None, "factor per epoch of linear_warmup_step_lr", at_least=0)
+    lr_layer_decay: float = opt(1.0, "factor per layer, from the top of the vision tower down", at_least=0)
+    weight_decay: float = opt(0.05, "AdamW weight decay; not on 1-D tensors", at_least=0)
+    beta1: float = opt(0.9, "AdamW beta1", at_least=0)
+    beta2: float = opt(0.999, "AdamW beta2", at_least=0)
+    adam_eps: float = opt(1e-8, "AdamW epsilon", at_least=0)
+    grad_norm_clip: Optional[float] = opt(1.0, "largest norm of the gradient; null does not clip", at_least=0)
+    amp: bool = opt(True, "mixed precision on a GPU; the CPU trains in fp32 unless autocast_on_cpu")
+    autocast_dtype: str = opt("bf16", "type of mixed precision", choices=("bf16", "fp16"))
+    autocast_on_cpu: bool = opt(False, "mixed precision on the CPU too (bf16 only)")
+    loss_scale: Optional[float] = opt(None, "fixed loss scale of fp16; null scales dynamically", at_least=1)
+    seed: int = opt(42, "seed of initialisation, data order and dropout", at_least=0)
+    train_dataset_ratios: dict[str, float] = opt({}, "share of each dataset in an epoch; empty = as many as each has")
+
+    # splits
+    train_splits: list[str] = opt(["train"], "splits trained on")
+    valid_splits: list[str] = opt([], "splits whose loss (and metric) is measured during training")
+    test_splits: list[str] = opt([], "splits evaluated at the end")
+    evaluate: bool = opt(False, "only evaluate, no training")
+    evaluate_blind: bool = opt(False, "evaluate the test splits with the images removed as well")
+    evaluate_before: bool = opt(False, "evaluate the test splits before training as well")
+    max_eval_samples: Optional[int] = opt(None, "samples per split in evaluation; null = all", at_least=1)
+    max_new_tokens: int = opt(64, "longest generated answer in evaluation and sample prompts, tokens", at_least=1)
+
+    # what is written
+    output_dir: str = opt("output/run", "each start makes a folder of its own in here, named by time")
+    log_freq: int = opt(10, "optimiser steps between log lines", at_least=1)
+    eval_freq: Optional[int] = opt(None, "optimiser steps between validations; null = once an epoch", at_least=1)
+    save_freq: Optional[int] = opt(None, "optimiser steps between checkpoints; null = once an epoch", at_least=1)
+    keep_checkpoints: int = opt(2, "newest checkpoints kept, beside the best", at_least=1)
+    sample_prompts: list[SamplePrompt] = opt([], "fixed questions answered before, during and after training")
+    num_sample_prompts: int = opt(
+        4, "without sample_prompts: how many rows of the first test (else validation) split are asked", at_least=0
+    )
+    export: Optional[str] = opt(
+        None,
+        "folder (relative: under cache/) that the trained parts are written to at the end, for a later recipe to load",
+    )
+    export_dtype: str = opt("fp32", "type of exported floating-point tensors", choices=("fp32", "fp16", "bf16"))
+    trackers: list[str] = opt(
+        ["tensorboard"], "where metrics go beside metrics.jsonl", choices=("tensorboard", "wandb", "swanlab")
+    )
+
+    # resuming
+    resume: str = opt(
+        "never", "never; auto = newest complete checkpoint under output_dir; or the path of a run or checkpoint"
+    )
+    resume_ckpt_path: Optional[str] = opt(None, "the original's name for a path in `resume`")
+    resume_ckpt_load_dir: Optional[str] = opt(
+        None, "the original's name for `resume` under DeepSpeed, with resume_ckpt_tag"
+    )
+    resume_ckpt_tag: Optional[str] = opt(None, "folder name of the checkpoint inside resume_ckpt_load_dir")
+
+    # where
+    device: str = opt("auto", "auto = CUDA if there is one, else CPU", choices=("auto", "cpu", "cuda"))
+    world_size: Optional[int] = opt(None, "ranks", unused="torchrun's environment decides")
+    dist_url: Optional[str] = opt(None, "rendezvous address", unused="torchrun's environment decides")
+    distributed: Optional[bool] = opt(None, "more than one rank", unused="torchrun's environment decides")
+    num_stages: int = opt(1, "stages of a pipeline (pipeline_runner); ranks are a multiple of it", at_least=1)
+    stage_blocks: list[int] = opt([], "blocks of the LLM in each stage; empty = balanced by cost")
+    deepspeed_config: dict[str, Any] = opt({}, "section handed to DeepSpeed (deepspeed_runner, pipeline_runner)")

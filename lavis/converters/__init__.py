@@ -1,1 +1,0 @@
-"""Between checkpoint dialects: what was trained here for other programs, and the other way round."""

@@ -1,0 +1,1 @@
+"""Errors, paths, registries, process groups, and the nouns that every package shares."""

@@ -1,0 +1,1 @@
+"""Annotation rows to packed batches: dialects, preparation, order, images."""

@@ -1,0 +1,229 @@
+"""Samples to batches: images, padding, and the loaders of training and validation."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lavis.core.errors import DataError
+from lavis.core.types import IGNORE_INDEX, Batch, Sample
+from lavis.data.image import EvalImage
+from lavis.data.prepare import PreparedTable
+from lavis.data.sampler import Row, StepPlan
+
+logger = logging.getLogger(__name__)
+
+Pixels = dict[str, torch.Tensor]
+"""`pixel_values` float32 [N, 3, H, W] or `features` float32 [N, Q, D]."""
+
+
+class ImageSource(Protocol):
+    """Where batches get their images from."""
+
+    def load(self, paths: Sequence[str], seed: int) -> tuple[Pixels, int]:
+        """The images at `paths` (at least one) in order, and how many of them could not be read.
+
+        Anything random depends on `seed` and the path alone.
+        """
+
+
+class ImageFolder:
+    """Reads image files and puts them through `processor`.
+
+    A file that can't be read becomes an image of the mean colour (zeros after normalisation); each is logged once.
+    """
+
+    def __init__(self, processor: EvalImage) -> None:
+        self.processor = processor
+        self._logged: set[str] = set()
+
+    def load(self, paths: Sequence[str], seed: int) -> tuple[Pixels, int]:
+        """See ImageSource.
+
+        Random crops depend on `seed` and the file's name, so that they are the same on every machine.
+        """
+        images = [self._read(path, seed) for path in paths]
+        size = self.processor.image_size
+        blank = torch.zeros(3, size, size)
+        pixels = torch.stack([blank if image is None else image for image in images])
+        return {"pixel_values": pixels}, sum(image is None for image in images)
+
+    def _read(self, path: str, seed: int) -> torch.Tensor | None:
+        generator = None
+        if not self.processor.deterministic:
+            generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(Path(path).name.encode())]))
+        try:
+            with Image.open(path) as image:
+                return self.processor(image, generator)
+        except (OSError, ValueError, SyntaxError, DataError, Image.DecompressionBombError) as error:  # what PIL raises
+            if path not in self._logged:
+                self._logged.add(path)
+                logger.warning("image %s can't be read (%s); a blank one takes its place", path, error)
+            return None
+
+
+class NoImages:
+    """For a process that needs ids and labels alone: opens nothing."""
+
+    def load(self, paths: Sequence[str], seed: int) -> tuple[Pixels, int]:
+        """See ImageSource; no pixels."""
+        return {}, 0
+
+
+def collate(
+    samples: Sequence[Sequence[Sample]],
+    images: Mapping[str, torch.Tensor],
+    pad_id: int,
+    pack_length: int | None,
+    bad_images: int = 0,
+) -> Batch:
+    """Rows of samples to a Batch, padded on the right to `pack_length`, or without one to the longest row.
+
+    images: `pixel_values` or `features` of all rows in reading order; empty when there is none.
+    Positions restart at 0 with each sample of a row. With `pack_length` so does the padding, which then is a run of its
+    own that
+    no sample attends to; without, it goes on counting.
+    """
+    lengths = [sum(map(len, row)) for row in samples]
+    width = pack_length or max(lengths)
+    shape = (len(samples), width)
+    input_ids = torch.full(shape, pad_id)
+    labels = torch.full(shape, IGNORE_INDEX)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    for i, (row, length) in enumerate(zip(samples, lengths, strict=True)):
+        input_ids[i, :length] = torch.tensor([t for s in row for t in s.input_ids])
+        labels[i, :length] = torch.tensor([t for s in row for t in s.labels])
+        runs = [len(s) for s in row]
+        if pack_length:
+            runs.append(width - length)
+        else:
+            runs[-1] += width - length
+        position_ids[i] = torch.cat([torch.arange(n) for n in runs])
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        num_tokens=int((labels != IGNORE_INDEX).sum()),
+        num_samples=sum(map(len, samples)),
+        lengths=tuple(lengths),
+        bad_images=bad_images,
+        **images,
+    )
+
+
+class TrainLoader:
+    """The batches of `rank` in the order of `plan`, the same for any number of workers.
+
+    tables: the datasets whose lengths the plan was made of, in that order.
+    """
+
+    def __init__(
+        self,
+        tables: list[PreparedTable],
+        plan: StepPlan,
+        images: ImageSource,
+        pad_id: int,
+        rank: int,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        self._plan = plan
+        self._order = _StepOrder(plan, rank, seed)
+        self._loader = DataLoader(
+            _MicroBatches(tables, images, pad_id, plan.pack_length),
+            batch_size=None,
+            sampler=self._order,
+            collate_fn=_as_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=2 if num_workers else None,
+        )
+
+    def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """From `start_step` of the epoch on, the micro-batches of each optimiser step."""
+        self._order.begin(epoch, start_step)
+        batches = iter(self._loader)
+        for _ in range(start_step, self._plan.steps_per_epoch):
+            yield list(itertools.islice(batches, self._plan.accum))
+
+
+class _Task(NamedTuple):
+    rows: list[Row]
+    seed: int
+
+
+class _StepOrder(Sampler[_Task]):
+    """What workers are told to load, from a given step on."""
+
+    def __init__(self, plan: StepPlan, rank: int, seed: int) -> None:
+        self._plan, self._rank, self._seed = plan, rank, seed
+        self.begin(0, 0)
+
+    def begin(self, epoch: int, step: int) -> None:
+        self._epoch, self._step = epoch, step
+
+    def __iter__(self) -> Iterator[_Task]:
+        for step in range(self._step, self._plan.steps_per_epoch):
+            seed = int(np.random.SeedSequence([self._seed, self._epoch, step]).generate_state(1)[0])
+            yield from (_Task(rows, seed) for rows in self._plan.micro_batches(self._epoch, step, self._rank))
+
+
+class _MicroBatches(Dataset[Batch]):
+    """Tasks to batches. All it holds is memory-mapped or small, so workers cost little memory."""
+
+    def __init__(self, tables: list[PreparedTable], images: ImageSource, pad_id: int, pack_length: int | None) -> None:
+        self._tables, self._images, self._pad_id, self._pack_length = tables, images, pad_id, pack_length
+        self._ends = list(itertools.accumulate(map(len, tables)))
+
+    def __getitem__(self, task: _Task) -> Batch:
+        samples = [[self._sample(i) for i in row] for row in task.rows]
+        return _load(samples, self._images, task.seed, self._pad_id, self._pack_length)
+
+    def _sample(self, index: int) -> Sample:
+        table = bisect.bisect_right(self._ends, index)
+        return self._tables[table].sample(index - (self._ends[table - 1] if table else 0))
+
+
+def eval_batches(
+    table: PreparedTable,
+    images: ImageSource,
+    pad_id: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[Batch]:
+    """Every sample of the table once over all ranks, in padded batches of like length.
+
+    All ranks take an equal number of batches, as sharded models need: a rank without samples in the last round gets one
+    sample
+    without labels (`num_samples` 0).
+    """
+    order = np.argsort(table.lengths, kind="stable")
+    for start in range(0, len(order), batch_size * world_size):
+        mine = order[start : start + batch_size * world_size][rank::world_size].tolist()
+        samples = [table.sample(i) for i in mine or [int(order[0])]]
+        if not mine:
+            samples = [Sample(s.input_ids, (IGNORE_INDEX,) * len(s), s.images) for s in samples]
+        batch = _load([[s] for s in samples], images, 0, pad_id, None)
+        yield batch if mine else replace(batch, num_samples=0)
+
+
+def _load(samples: list[list[Sample]], images: ImageSource, seed: int, pad_id: int, pack_length: int | None) -> Batch:
+    paths = [path for row in samples for sample in row for path in sample.images]
+    pixels, bad = images.load(paths, seed) if paths else ({}, 0)
+    return collate(samples, pixels, pad_id, pack_length, bad)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,1 +1,0 @@
-"""Annotation rows to packed batches: formats, template, preparation, sampling, collation."""

@@ -1,0 +1,134 @@
+"""Judging a model by what it answers: greedy answers to the last question of each conversation, compared word for word."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lavis.core.dist import World
+from lavis.core.types import Batch, Conversation, Sample
+from lavis.data.loader import ImageSource, collate
+from lavis.tokens.template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question and what came back.
+
+    `images` are the paths the model saw; `expected` is empty for a free question.
+    """
+
+    id: str
+    kind: str
+    lang: str
+    images: tuple[str, ...]
+    question: str
+    expected: str
+    answer: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer equals the expected one but for case, white space and final punctuation."""
+        return normalize(self.answer) == normalize(self.expected)
+
+
+def write_answers(file: Path, answers: Iterable[Answer]) -> None:
+    """One JSON object a line: the answer's fields and whether it is correct."""
+    rows = (json.dumps({**asdict(a), "correct": a.correct}, ensure_ascii=False) + "\n" for a in answers)
+    file.write_text("".join(rows), encoding="utf-8")
+
+
+def read_answers(file: Path) -> list[Answer]:
+    """What `write_answers` wrote."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [Answer(**{k: tuple(v) if k == "images" else v for k, v in row.items() if k != "correct"}) for row in rows]
+
+
+def normalize(text: str) -> str:
+    """Text as it is compared: Unicode NFKC, lower case, white space folded, without final punctuation."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".!。!?,,;; ")
+
+
+def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
+    """Share of correct answers: `accuracy`, and the same by `kind` and `lang` where the data names them."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for a in answers:
+        groups["accuracy"].append(a.correct)
+        for label in ("kind", "lang"):
+            if value := getattr(a, label):
+                groups[f"accuracy/{label}={value}"].append(a.correct)
+    return {name: sum(hits) / len(hits) for name, hits in sorted(groups.items())}
+
+
+class Answerer:
+    """Answers conversations with a model, in batches of like length, each rank its share."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, template: ChatTemplate, images: ImageSource, world: World
+    ) -> None:
+        self.model, self.tokenizer, self.template, self.images, self.world = model, tokenizer, template, images, world
+        self.ready: Callable[[Batch], Batch] = lambda batch: batch.to(world.device)
+        self.in_step = False
+        """Whether ranks must run the model at the same time."""
+
+    def answer(self, conversations: Iterable[Conversation], *, batch_size: int, max_new_tokens: int) -> list[Answer]:
+        """Greedy answers to the last question of each conversation, in the given order, the same on every rank."""
+        numbered = list(enumerate(conversations))
+        mine = [(i, c, self.template.encode_prompt(c)) for i, c in numbered[self.world.rank :: self.world.size]]
+        mine.sort(key=lambda item: len(item[2]))
+        training = self.model.training
+        self.model.eval()
+        answers: dict[int, Answer] = {}
+        most = -(-len(numbered) // self.world.size) if self.in_step else len(mine)
+        for start in range(0, most, batch_size):
+            # keeps the others company
+            chunk = (
+                mine[start : start + batch_size]
+                or mine[:1]
+                or [(0, numbered[0][1], self.template.encode_prompt(numbered[0][1]))]
+            )
+            texts = self._generate([sample for _, _, sample in chunk], max_new_tokens)
+            answers |= {i: _answer(c, text) for (i, c, _), text in zip(chunk, texts, strict=True)}
+        self.model.train(training)
+        merged = {
+            i: Answer(**a)
+            for part in self.world.gather({i: asdict(a) for i, a in answers.items()})
+            for i, a in part.items()
+        }
+        return [merged[i] for i, _ in numbered]
+
+    def _generate(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
+        paths = [path for s in samples for path in s.images]
+        pixels = self.images.load(paths, 0)[0] if paths else {}
+        batch = collate([[s] for s in samples], pixels, self.template.pad_token_id, None)
+        rows = self.model.generate(
+            self.ready(batch),
+            self.template.stop_token_ids,
+            self.template.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **({"synced_gpus": True} if self.in_step else {}),
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def _answer(conversation: Conversation, text: str) -> Answer:
+    turns = conversation.messages
+    expected = turns[-1].text if turns[-1].role == "assistant" else ""
+    question = next(m for m in reversed(turns) if m.role == "user")
+    return Answer(
+        id=conversation.id,
+        kind=conversation.kind,
+        lang=conversation.lang,
+        images=conversation.images,
+        question="".join(p for p in question.parts if isinstance(p, str)).replace("<Img></Img>", "").strip(),
+        expected=expected,
+        answer=text,
+    )

@@ -1,0 +1,166 @@
+"""The processor of an export: what makes stock transformers ask its model what this program asks its own.
+
+transformers' Blip2Processor puts a picture's tokens before everything else, unless its number of query tokens is null.
+So it is null
+here, and the chat template writes the tokens where they belong: inside `<Img></Img>`, in the turn they were given in.
+The template
+is the tokenizer's, as that processor forgets its own when it is loaded: it is called with
+`chat_template=processor.tokenizer.chat_template`.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, Blip2Processor, BlipImageProcessorPil, PreTrainedTokenizerFast
+
+from lavis.data.formats import to_conversation
+from lavis.data.image import EvalImage
+from lavis.tokens.layout import chat_template_of, takes_system
+from lavis.tokens.template import ChatTemplate
+
+_FLATTEN = """\
+{{#- Written by `lavis export hf`: texts and images become the strings that the language model's own template, below, expects. -#}}
+{{%- set enable_thinking = false -%}}
+{system}
+{{%- set flat = namespace(messages=[], text='') -%}}
+{{%- for message in messages -%}}
+  {{%- set flat.text = {boundary} -%}}
+  {{%- if message['content'] is string -%}}
+    {{%- set flat.text = flat.text + message['content'] -%}}
+  {{%- else -%}}
+    {{%- for part in message['content'] -%}}
+      {{%- if part['type'] == 'image' -%}}
+        {{%- set flat.text = flat.text + '<Img>' + {image} * {num_query_token} + '</Img>' -%}}
+      {{%- else -%}}
+        {{%- set behind_image = loop.previtem is defined and loop.previtem['type'] == 'image' -%}}
+        {{%- set gap = ' ' if behind_image and not part['text'][:1].isspace() else '' -%}}
+        {{%- set flat.text = flat.text + gap + part['text'] -%}}
+      {{%- endif -%}}
+    {{%- endfor -%}}
+  {{%- endif -%}}
+  {{%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}}
+{{%- endfor -%}}
+{{%- set messages = flat.messages %}}
+"""
+_LAST_LINE = "{%- set messages = flat.messages %}\n"
+_ADD_SYSTEM = """\
+{{%- if messages[0]['role'] != 'system' -%}}
+  {{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}
+{{%- endif -%}}"""
+_DROP_SYSTEM = """\
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set messages = messages[1:] -%}
+{%- endif -%}"""
+
+_IMAGE, _TEXT = {"type": "image"}, {"type": "text", "text": "How many red circles are there?"}
+PROBES: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": "Hello, who are you?"}],
+    [{"role": "user", "content": [_IMAGE, _TEXT]}],
+    [{"role": "user", "content": [_TEXT, _IMAGE, {"type": "text", "text": "和"}, _IMAGE]}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [_IMAGE, _IMAGE, {"type": "text", "text": "图里有什么？"}]},
+        {"role": "assistant", "content": "两个圆形。"},
+        {"role": "user", "content": "Which one is larger?\nName it."},
+    ],
+)
+"""Conversations in transformers' form that are encoded both ways: no image, one, several, several turns, two languages.
+"""
+
+
+def write_processor(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, image: EvalImage
+) -> list[str]:
+    """Write tokenizer, chat template and image processor to `folder`.
+
+    Returns what stock transformers encodes otherwise than this program: one line for each such probe, normally none.
+    """
+    tokenizer.save_pretrained(folder)
+    token = tokenizer.convert_ids_to_tokens(template.image_token_id)
+    # image_token keeps Blip2Processor from adding a token of its own; generation wants its padding on the left.
+    saved = AutoTokenizer.from_pretrained(folder, image_token=token, padding_side="left")
+    saved.pad_token = tokenizer.convert_ids_to_tokens(template.pad_token_id)
+    size = {"height": image.image_size, "width": image.image_size}
+    pictures = BlipImageProcessorPil(size=size, image_mean=list(image.mean), image_std=list(image.std))
+    processor = Blip2Processor(pictures, saved, num_query_tokens=None)
+    # A tokenizer that begins every text with a space does so once for a turn's header and content, which are encoded
+    # apart here.
+    differences = []
+    for boundary in (" ", ""):
+        saved.chat_template = chat_template(template, token, boundary)
+        differences = probe(processor, template)
+        if not differences:
+            break
+    processor.save_pretrained(folder)
+    return differences
+
+
+def exported_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that `write_processor` wrote to `folder`, with the chat template it had before."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.chat_template.rpartition(_LAST_LINE)[2]
+    return tokenizer
+
+
+def chat_template(template: ChatTemplate, image_token: str, boundary: str) -> str:
+    """A Jinja template that takes messages with images and gives the prompt of `template`; `boundary` goes before each
+    content.
+    """
+    source = chat_template_of(template.tokenizer)
+    add_system = _ADD_SYSTEM.format(system=json.dumps(template.system, ensure_ascii=False))
+    flatten = _FLATTEN.format(
+        system=add_system if takes_system(template.tokenizer, source) else _DROP_SYSTEM,
+        boundary=json.dumps(boundary),
+        image=json.dumps(image_token),
+        num_query_token=template.num_query_token,
+    )
+    return flatten + source
+
+
+def probe(processor: Blip2Processor, template: ChatTemplate) -> list[str]:
+    """The probes whose ids differ, told in a line each."""
+    found = []
+    # probes are not cut
+    template = ChatTemplate(template.tokenizer, template.num_query_token, max_length=1 << 20, system=template.system)
+    for number, messages in enumerate(PROBES, start=1):
+        row = {"messages": [*_with_paths(messages), {"role": "assistant", "content": "."}]}
+        ours = list(template.encode_prompt(to_conversation(row, "messages", where="probe")).input_ids)
+        theirs = stock_ids(processor, messages)
+        if ours != theirs:
+            at = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if len(set(pair)) > 1)
+            there, here = (template.tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (theirs, ours))
+            found.append(
+                f"probe {number}, token {at + 1}: {' '.join(here)!r} here, {' '.join(there)!r} in transformers"
+            )
+    return found
+
+
+def stock_ids(processor: Blip2Processor, messages: list[dict[str, Any]]) -> list[int]:
+    """Ids of the prompt that asks for the next answer, as the model card says to get them."""
+    encoded = processor.apply_chat_template(
+        messages,
+        chat_template=processor.tokenizer.chat_template,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        sanitize_control_tokens=True,
+        processor_kwargs={"add_special_tokens": False},
+    )
+    return encoded["input_ids"][0]
+
+
+def _with_paths(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a path in every image part, which our reader asks for."""
+    return [
+        (
+            m
+            if isinstance(m["content"], str)
+            else {**m, "content": [{**p, "path": "probe.png"} if p["type"] == "image" else p for p in m["content"]]}
+        )
+        for m in messages
+    ]

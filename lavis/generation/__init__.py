@@ -1,0 +1,1 @@
+"""Answers: caches, sampling, and the engine that decodes many at once."""

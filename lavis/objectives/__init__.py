@@ -1,0 +1,1 @@
+"""What is learned: losses, how they are counted, and what is exported."""

@@ -1,0 +1,1 @@
+"""How a step is carried out over ranks, and what that costs."""

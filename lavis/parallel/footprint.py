@@ -1,0 +1,274 @@
+"""What a micro-batch costs a stage in memory and arithmetic, found by running the real modules on tensors that have
+shapes and no data.
+
+Whatever a model's code keeps, recomputes or casts is counted as it does it; nothing is allocated, and a model of any
+size takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedConfig
+
+from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.llm import DTYPES, cross_entropy_sum
+from lavis.models.stages import Part, Stage, llm_part
+
+_IMAGE_ID = 1
+"""Stands for the placeholder's id: which it is has no effect on costs."""
+_DEPTH = 2
+"""Blocks of LLM and ViT that are run; what a block more costs is known from running one more."""
+_QUANTIZED = {None: 1.0, "int8": 0.5, "int4": 4.5 / 16}
+"""Bytes of a block's weights relative to 16 bits a weight; NF4 has a scale of 32 bits for 64 weights."""
+# With data transformers sees that rows are not packed and does without a mask; with shapes alone it can't.
+_NO_MASK = mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None, create=True)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The shape of what goes through a model at once: `rows` of `tokens` each, and how many images and supervised
+    tokens are in all of them.
+
+    `packed`: a row holds several samples, whose attention needs a mask. `cached`: images come as the tower's features.
+    """
+
+    rows: int
+    tokens: int
+    images: int
+    supervised: int
+    packed: bool = False
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Types: `amp` of mixed precision (None: none), of a frozen LLM's weights, and of a frozen ViT's."""
+
+    amp: torch.dtype | None = None
+    frozen_llm: torch.dtype = torch.float32
+    frozen_vit: torch.dtype = torch.float32
+
+    @classmethod
+    def on(cls, device: str, config: MiniGPT4QwenConfig, amp: torch.dtype | None) -> Precision:
+        """What a model is given on a `cpu` or on a `cuda` device that has bf16."""
+        return cls(amp, torch.bfloat16, DTYPES[config.vit_precision]) if device == "cuda" else cls(amp)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A stage: its parameters (elements, bytes) and what one micro-batch does there (bytes, FLOPs), gradients of
+    parameters left out.
+
+    largest_bytes: of the largest parameter. held: alive between forward and backward. The peaks are of what is alive of
+    this micro-batch: while images are encoded and
+    embedded, while the blocks run forward, and in the head and the backward pass.
+    """
+
+    parameters: float
+    trained: float
+    largest_trained: float
+    weight_bytes: float
+    largest_bytes: float
+    held: float
+    front_peak: float
+    blocks_peak: float
+    back_peak: float
+    forward_flops: float
+    backward_flops: float
+
+    @property
+    def peak(self) -> float:
+        """Most bytes alive at a time."""
+        return max(self.front_peak, self.blocks_peak, self.back_peak)
+
+    @property
+    def flops(self) -> float:
+        """Forward and backward, recomputation included."""
+        return self.forward_flops + self.backward_flops
+
+
+def _sum(terms: Iterable[tuple[int, Footprint]]) -> Footprint:
+    terms = list(terms)
+    return Footprint(*(sum(n * getattr(f, field.name) for n, f in terms) for field in fields(Footprint)))
+
+
+class Footprints:
+    """Footprints of stages of a model, of any depth: a few shallow ones of each kind are run, and what lies between
+    them is multiplied.
+    """
+
+    def __init__(
+        self, config: MiniGPT4QwenConfig, llm_config: PreTrainedConfig, batch: MicroBatch, precision: Precision
+    ) -> None:
+        self.batch, self.blocks = batch, llm_config.num_hidden_layers
+        self._config, self._llm_config, self._precision = config, llm_config, precision
+        self._vit_depth: int = config.vit_dimensions()["depth"]
+
+    @functools.cache  # noqa: B019 - lives as long as the plan that asks
+    def stage(self, blocks: int, *, first: bool = True, last: bool = True) -> Footprint:
+        """A stage of so many blocks of the LLM; the whole model if it is first and last and has all of them."""
+        low = min(blocks, _DEPTH)
+        vit_low = min(self._vit_depth, _DEPTH)
+        base = self._trace(low, vit_low, first, last)
+        terms = [(1, base)]
+        for count, shape in (
+            (blocks - low, (low + 1, vit_low)),
+            ((self._vit_depth - vit_low) * first, (low, vit_low + 1)),
+        ):
+            if count:
+                terms += [(count, self._trace(*shape, first, last)), (-count, base)]
+        whole = _sum(terms)
+        kind = self._config.llm_quantization
+        saved = (1 - _QUANTIZED[kind]) * blocks * self._block_bytes() if kind else 0.0
+        return replace(whole, weight_bytes=whole.weight_bytes - saved)
+
+    def _block_bytes(self) -> float:
+        return self._trace(2, 0, False, False).weight_bytes - self._trace(1, 0, False, False).weight_bytes
+
+    @functools.cache  # noqa: B019
+    def _trace(self, blocks: int, vit_depth: int, first: bool, last: bool) -> Footprint:
+        changes: dict[str, Any] = {"load_pretrained": False, "load_finetuned": False, "llm_device_map": None}
+        if first:
+            changes["vit"] = replace(self._config.vit, depth=vit_depth)
+        # which stage it is shows in nothing but whether it is the first or the last
+        part = Part(0 if first else 1, (1 if first else 2) + (not last), 0, blocks)
+        with torch.random.fork_rng(devices=[]):  # a run that is planned goes on as if it were not
+            stage = _build(replace(self._config, **changes), self._llm_config, part, self._precision)
+            with FakeTensorMode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what autocast has to say of this machine's processor
+                _place(stage)
+                return _run(stage, self.batch, self._precision)
+
+
+def _build(config: MiniGPT4QwenConfig, llm_config: PreTrainedConfig, part: Part, precision: Precision) -> Stage:
+    with torch.device("meta"):
+        llm = llm_part(llm_config, part, precision.frozen_llm if config.freeze_llm else torch.float32)
+        stage = Stage(config, llm, part, _IMAGE_ID).train()
+    if part.is_first and stage.front.tower_frozen and precision.frozen_vit != torch.float32:
+        stage.front.cast_frozen_vit(precision.frozen_vit)
+    return stage
+
+
+def _place(stage: Stage) -> None:
+    """From the meta device, where mixed precision does not act, to the CPU; no gradient of a parameter stays."""
+    for module in stage.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        for name, p in module.named_parameters(recurse=False):
+            own = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+            setattr(module, name, own)
+            if own.requires_grad:
+                own.register_post_accumulate_grad_hook(_drop_gradient)
+    if stage.part.is_first and stage.part.is_last:
+        stage.llm.tie_weights()
+
+
+def _drop_gradient(p: nn.Parameter) -> None:
+    p.grad = None
+
+
+def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
+    part, config = stage.part, stage.config
+    costs = CostMode([*stage.parameters(), *stage.buffers()])
+    autocast = torch.autocast("cpu", precision.amp or torch.bfloat16, enabled=precision.amp is not None)
+    with costs:
+        positions = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
+        images = _images(config, batch) if part.is_first else None  # alive until the loss is there
+        with autocast, contextlib.nullcontext() if batch.packed else _NO_MASK:
+            if part.is_first:
+                embeds = stage.front.embed_parts(torch.zeros_like(positions), images)
+            else:
+                width = stage.llm.config.get_text_config().hidden_size
+                crossing = precision.frozen_llm if config.freeze_llm else torch.float32
+                embeds = torch.empty(batch.rows, batch.tokens, width, dtype=crossing, requires_grad=True)
+            front_peak = costs.lap()
+            out = stage.hidden(embeds, position_ids=positions, use_cache=False)
+            if part.is_first:
+                del embeds  # a later stage's input waits for the gradient that is sent back
+            blocks_peak, held = costs.lap(), costs.now
+            if part.is_last:
+                chosen = torch.zeros(batch.supervised, dtype=torch.long)
+                out = cross_entropy_sum(stage.llm, out.flatten(0, 1).index_select(0, chosen), chosen)
+        forward_flops = costs.flops
+        if out.requires_grad:  # not if there is no image and the projection alone is trained
+            out.backward(torch.ones_like(out))
+        back_peak = costs.lap()
+    own = {id(p): p for p in stage.parameters()}.values()
+    trained = [p.numel() for p in own if p.requires_grad]
+    return Footprint(
+        parameters=sum(p.numel() for p in own),
+        trained=sum(trained),
+        largest_trained=max(trained, default=0),
+        weight_bytes=sum(p.nbytes for p in own),
+        largest_bytes=max(p.nbytes for p in own),
+        held=held,
+        front_peak=front_peak,
+        blocks_peak=blocks_peak,
+        back_peak=back_peak,
+        forward_flops=forward_flops,
+        backward_flops=costs.flops - forward_flops,
+    )
+
+
+def _images(config: MiniGPT4QwenConfig, batch: MicroBatch) -> torch.Tensor | None:
+    if not batch.images:
+        return None
+    if batch.cached:
+        return torch.empty(batch.images, config.num_query_token, config.qformer.hidden_size)
+    return torch.empty(batch.images, 3, config.image_size, config.image_size)
+
+
+class CostMode(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of tensors made inside it that are alive: `now`, and at most since the last `lap`.
+
+    `known` tensors are not counted.
+    """
+
+    # torch's FlopCounterMode would do for the first half, but its module tracker keeps tensors alive.
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self._most = self.flops = 0
+        self._storages = {t.untyped_storage()._cdata for t in known}
+
+    def lap(self) -> int:
+        """The most since the last call."""
+        most, self._most = self._most, self.now
+        return most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+        if formula:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages.add(key)
+        self.now += size
+        self._most = max(self._most, self.now)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.now -= size

@@ -1,1 +1,0 @@
-"""Images to tensors, and the small normalisations of text."""

@@ -1,0 +1,153 @@
+"""The folder of a run, and from where a run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lavis.config.recipe import Recipe, recipe_from_dict
+from lavis.core.errors import CheckpointError
+from lavis.runs.checkpoint import Checkpoint, find_checkpoint, newest_run
+
+log = logging.getLogger(__name__)
+
+SUMMARY = "summary.json"
+"""Written when a run has ended."""
+_FREE_RUN_KEYS = frozenset(
+    [
+        "max_epoch",
+        "max_steps",
+        "batch_size_train",
+        "batch_size_eval",
+        "accum_grad_iters",
+        "global_batch_size",
+        "num_workers",
+        "max_bad_image_share",
+        "log_freq",
+        "eval_freq",
+        "save_freq",
+        "keep_checkpoints",
+        "output_dir",
+        "export",
+        "export_dtype",
+        "trackers",
+        "device",
+        "world_size",
+        "dist_url",
+        "distributed",
+        "resume",
+        "resume_ckpt_path",
+        "resume_ckpt_load_dir",
+        "resume_ckpt_tag",
+        "sample_prompts",
+        "num_sample_prompts",
+        "valid_splits",
+        "test_splits",
+        "evaluate",
+        "evaluate_blind",
+        "evaluate_before",
+        "max_eval_samples",
+        "max_new_tokens",
+        "cache_features",
+        "runner",
+        "num_stages",
+        "stage_blocks",
+        "deepspeed_config",
+    ]
+)
+"""Keys of `run` that may change when a run goes on: what changes here changes neither the data nor the optimisation of
+past steps.
+The batch keys are free because only their product with the number of ranks matters, which is checked apart."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, and the checkpoint it starts from (None: from nothing)."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+
+
+def open_run_folder(recipe: Recipe) -> RunFolder:
+    """A new folder named by the time under run.output_dir, or that of the run which run.resume goes on with.
+
+    `resume: auto` takes the newest unfinished run of the same recipe, and starts anew when there is none.
+    Raises CheckpointError when a run named by path is missing or was made by another recipe.
+    """
+    run = recipe.run
+    output_dir = Path(run.output_dir).absolute()
+    where = run.resume_ckpt_path or _deepspeed_style(run.resume_ckpt_load_dir, run.resume_ckpt_tag)
+    where = where or (run.resume if run.resume not in ("auto", "never") else None)
+    if where:
+        checkpoint = find_checkpoint(Path(where).absolute())
+        if differences := recipe_differences(recipe, checkpoint.path / "config.yaml"):
+            raise CheckpointError(
+                f"{checkpoint.path} was made by another recipe; these keys differ: {', '.join(differences)}. "
+                "Resume with the recipe it was made with, or load its trained weights through model.finetuned."
+            )
+    elif run.resume == "auto":
+        checkpoint = newest_run(output_dir, lambda folder: _unfinished_of(recipe, folder))
+    else:
+        checkpoint = None
+    if run.evaluate and run.resume == "auto" and not checkpoint:
+        raise CheckpointError(
+            f"no run of this recipe under {output_dir} has a checkpoint to evaluate: train first, or name a run in"
+            " run.resume."
+        )
+    if checkpoint and not run.evaluate:
+        return RunFolder(checkpoint.path.parent.parent, checkpoint)
+    return RunFolder(_new_folder(output_dir), checkpoint)
+
+
+def recipe_differences(recipe: Recipe, saved: Path) -> list[str]:
+    """Keys, among those that matter for going on, in which `recipe` differs from the resolved recipe in the file
+    `saved`.
+    """
+    old = recipe_from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))).flat()
+    new = recipe.flat()
+    return sorted(k for k in old.keys() | new.keys() if _matters(k) and old.get(k) != new.get(k))
+
+
+def _matters(key: str) -> bool:
+    section, _, rest = key.partition(".")
+    if key == "model.llm_grad_checkpoint":
+        return False
+    return not (section == "run" and rest.split(".")[0] in _FREE_RUN_KEYS)
+
+
+def _unfinished_of(recipe: Recipe, folder: Path) -> bool:
+    if (folder / SUMMARY).exists() and not recipe.run.evaluate:
+        return False
+    differences = recipe_differences(recipe, folder / "config.yaml")
+    if differences:
+        log.info("not resuming %s: it was made with other values of %s", folder, ", ".join(differences))
+    return not differences
+
+
+def _deepspeed_style(folder: str | None, tag: str | None) -> str | None:
+    return str(Path(folder, tag or "")) if folder else None
+
+
+def _new_folder(output_dir: Path) -> Path:
+    name = time.strftime("%Y%m%d_%H%M%S")
+    for suffix in ("", *(f"_{i}" for i in range(1, 1000))):
+        folder = output_dir / f"{name}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # two runs started in the same second
+            continue
+        except OSError as error:
+            raise CheckpointError(
+                f"no run folder can be made in {output_dir} ({error}): mend run.output_dir."
+            ) from error
+        return folder
+    raise CheckpointError(f"no free name for a new run under {output_dir}.")
+
+
+def frozen_differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Frozen weight files (by recipe key) whose contents are not those the checkpoint was trained with."""
+    return sorted(k for k in saved if now.get(k) != saved[k])

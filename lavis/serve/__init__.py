@@ -1,0 +1,1 @@
+"""Talking with a model: terminal, web page, API."""

@@ -1,0 +1,84 @@
+"""AdamW over the trainable parameters, and its state as plain named tensors."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from lavis.config.schema import RunConfig
+from lavis.core.errors import CheckpointError, ConfigError
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter of all that is trained. Raises ConfigError when nothing is."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ConfigError(
+            "every part of the model is frozen: set one of model.freeze_* to false or model.get_lora to true."
+        )
+    return named
+
+
+def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
+    """AdamW with no weight decay on 1-D tensors and a per-group `lr_scale` (layer-wise decay of the vision tower)."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    depth = _vit_depth(model)
+    for name, p in trainable_parameters(model).items():
+        decay = 0.0 if p.ndim <= 1 else run.weight_decay
+        groups.setdefault((decay, _layer_scale(name, depth, run.lr_layer_decay)), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()],
+        lr=run.init_lr,
+        betas=(run.beta1, run.beta2),
+        eps=run.adam_eps,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every group's rate to `rate` times its lr_scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimiser's state as `<slot>.<parameter name>` tensors, independent of group order."""
+    names = {p: name for name, p in trainable_parameters(model).items()}
+    return {
+        f"{slot}.{names[p]}": value if value.ndim else value.reshape(1)
+        for p, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Restore what `optimizer_tensors` gave. Raises CheckpointError when it belongs to other parameters."""
+    names = trainable_parameters(model)
+    for key, value in tensors.items():
+        slot, name = key.split(".", 1)
+        if name not in names:
+            raise CheckpointError(f"the checkpoint holds optimiser state of {name}, which is not trained now.")
+        p = names[name]
+        # AdamW keeps its step counter on the CPU and everything else beside the parameter
+        state = value.reshape(()).clone() if slot == "step" else value.to(p.device, copy=True)
+        optimizer.state[p][slot] = state
+
+
+def _vit_depth(model: nn.Module) -> int:
+    blocks = [
+        int(m[1])
+        for n, _ in model.named_parameters()
+        if (m := re.match(r"(?:front\.)?visual_encoder\.blocks\.(\d+)\.", n))
+    ]
+    return max(blocks, default=-1) + 1
+
+
+def _layer_scale(name: str, depth: int, decay: float) -> float:
+    name = name.removeprefix("front.")
+    if not name.startswith("visual_encoder."):
+        return 1.0
+    block = re.match(r"visual_encoder\.blocks\.(\d+)\.", name)
+    return decay ** (depth - int(block[1]) if block else depth + 1)

@@ -1,0 +1,1 @@
+"""Weight files of every dialect: finding, fetching, reading and naming their tensors."""

@@ -1,0 +1,116 @@
+"""Where a model's parts go, and what is said when none is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from lavis.config.recipe import load_recipe
+from lavis.core.errors import ChatError, CheckpointError, ConfigError
+from lavis.export.trained import export_peft, open_run
+from lavis.generation.engine import Engine
+from lavis.models.causal_lm import CausalLM
+from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.llm import free_memory, spread
+from lavis.models.vision import Blip2Base, tower_bytes
+from lavis.runs.checkpoint import TrainState, save_checkpoint
+from lavis.serve.load import load_chat
+from lavis.serve.session import ChatSession
+from tests.export.exports import random_run
+
+
+def test_nothing_named_is_told():
+    with pytest.raises(ChatError, match="--model-type shapes"):
+        load_chat()
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*none\.pth"):
+        load_chat(checkpoint="none.pth")
+    with pytest.raises(CheckpointError, match=r"qwen14b_chat needs files[\s\S]*eva_vit_g.pth[\s\S]*Qwen-14B-Chat"):
+        load_chat(model_type="qwen14b_chat", checkpoint="shapes/aligned/projection.safetensors")
+    with pytest.raises(ConfigError, match="Did you mean"):
+        load_chat(model_type="qwen7b")
+
+
+def test_adapters_from_the_run_and_from_its_peft_folder(tmp_path, pictures):
+    run = random_run(tmp_path, get_lora=True, lora_r=4)
+    export_peft(open_run(run), tmp_path / "peft")
+    section = open_run(run).recipe.model
+    options = [
+        f"llm_model={section.llm_model}",
+        f"pretrained={section.pretrained}",
+        "vit_pretrained=null",
+        "image_size=32",
+        "num_query_token=5",
+    ]
+    options += [
+        f"vit={vars(section.vit)}".replace("'", "").replace("None", "null"),
+        f"qformer={vars(section.qformer)}".replace("'", ""),
+    ]
+    of_run, of_peft = (
+        load_chat(run=run),
+        load_chat(checkpoint=tmp_path / "peft", model_type="qwen7b_chat", options=options),
+    )
+    assert not any(".lora_" in name for name in of_run.model.state_dict())
+    for name, tensor in of_run.model.state_dict().items():
+        assert torch.equal(tensor, of_peft.model.state_dict()[name]), name
+
+
+def test_the_llm_is_kept_on_the_cpu_or_spread(chat):
+    for device_map in ("cpu", "auto"):
+        placed = load_chat(model_type="shapes", llm_device_map=device_map)
+        assert placed.model.config.llm_device_map == device_map
+        moved = placed.model.to(torch.float64)  # stands for another device: the LLM does not follow
+        assert moved.query_tokens.dtype == torch.float64 and moved.llm_model.dtype == torch.float32
+
+
+def test_room_is_kept_for_the_tower_on_the_first_gpu(monkeypatch):
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 24 << 30, 1: 24 << 30, "cpu": 64 << 30})
+    reserved = tower_bytes(MiniGPT4QwenConfig(), torch.float16)
+    assert free_memory(reserved) == {0: (24 << 30) - reserved, 1: 24 << 30, "cpu": 64 << 30}
+    assert free_memory(reserved, 1)[1] == (24 << 30) - reserved and free_memory(30 << 30)[0] == 0
+    whole = sum(p.numel() for p in Blip2Base(MiniGPT4QwenConfig(), on_meta=True).parameters())
+    assert 2 * whole < reserved - (1 << 30) < 3 * whole  # the ViT's billion in fp16, the Q-Former in fp32
+
+
+def test_layers_are_spread_evenly(monkeypatch):
+    """Over two GPUs of which one could hold nearly all: neither is filled up, as keys and values want room too."""
+    maps = []
+    monkeypatch.setattr("accelerate.dispatch_model", lambda llm, device_map: maps.append(device_map))
+    llm = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=100,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+        )
+    )
+    size = sum(p.nbytes for p in llm.parameters())
+    spread(llm, {0: int(0.95 * size), 1: int(0.95 * size), "cpu": 10 * size})
+    layers = [device for name, device in maps[0].items() if ".layers." in name]
+    assert len(layers) == 12 and "cpu" not in maps[0].values()
+    assert abs(layers.count(0) - layers.count(1)) <= 3, layers
+
+
+def test_the_llm_s_type_is_what_is_asked_for(chat, tmp_path):
+    chat.model.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved/config.json").read_text()
+    (tmp_path / "saved/config.json").write_text(text.replace('"freeze_llm": true', '"freeze_llm": false'))
+    assert load_chat(checkpoint=tmp_path / "saved", dtype="bf16").llm.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="leave --options out"):
+        load_chat(checkpoint=tmp_path / "saved", options=["image_size=32"])
+
+
+def test_a_text_only_run(chat, engine, tmp_path):
+    """What shapes/llm_b trains: an LLM made from its dimensions."""
+    recipe = load_recipe("shapes/llm_b", ["model.tokenizer=shapes/llm_b"])
+    tensors = {name: p.detach().float() for name, p in CausalLM(chat.llm).named_parameters()}
+    save_checkpoint(tmp_path / "run/checkpoints", TrainState(1, 1), tensors, {}, recipe.to_yaml())
+    text = load_chat(run=tmp_path / "run")
+    assert not text.sees
+    other = Engine(text)
+    assert "".join(ChatSession(other).ask("hello")) == "".join(ChatSession(engine).ask("hello"))
+    with pytest.raises(ChatError, match="text only"):
+        ChatSession(other).attach(object())
+    other.close()
