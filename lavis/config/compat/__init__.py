@@ -1,0 +1,119 @@
+"""Every older spelling of a recipe (MiniGPT4Qwen's, LAVIS's and this program's first one), translated in one place.
+
+`RENAMES` of the modules below map a dotted key to the one it is called now, value unchanged; `rules` of them turn
+several old keys into new ones. Both are applied to all layers of a recipe at once, since what an old key means can
+depend on another that a different layer sets (`get_lora` in the recipe, `lora_parts` among the options); each result
+lands in the topmost layer that set one of the keys it came from, so that origins and precedence stay true.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lavis.config.compat import data, model, run
+
+_MODULES = (model, data, run)
+RENAMES: dict[str, str] = {old: new for module in _MODULES for old, new in module.RENAMES.items()}
+"""Old dotted key to new one. A key of a mapping stands for all below it."""
+
+Plain = dict[str, Any]
+
+
+class Translated(NamedTuple):
+    """What became of older spellings: the layers' values in today's, and (old key, new key) of each that was found."""
+
+    layers: list[Plain]
+    found: list[tuple[str, str]]
+
+
+def translate(layers: Sequence[Mapping[str, Any]]) -> Translated:
+    """The plain values of a recipe's layers, lowest first, without older spellings. The arguments are not changed."""
+    new = [copy.deepcopy(dict(layer)) for layer in layers]
+    found: list[tuple[str, str]] = []
+    for module in _MODULES:
+        merged = _merged(new)
+        for key, value, sources in module.rules(merged):
+            index = max(i for i, layer in enumerate(new) for source in sources if _has(layer, source))
+            _put(new[index], key, value)
+            found += [(source, key) for source in sources if _has(merged, source)]
+        for layer in new:
+            for old in module.CONSUMED:
+                _take(layer, old)
+            for old, target in module.RENAMES.items():
+                if _has(layer, old):
+                    _put(layer, target, _take(layer, old))
+                    found.append((old, target))
+    return Translated([_with_references(layer) for layer in new], list(dict.fromkeys(found)))
+
+
+def _merged(layers: Sequence[Plain]) -> Plain:
+    merged: Plain = {}
+    for layer in layers:
+        _merge(merged, layer)
+    return merged
+
+
+def _merge(below: Plain, above: Mapping[str, Any]) -> None:
+    for name, value in above.items():
+        if isinstance(value, Mapping) and isinstance(below.get(name), dict):
+            _merge(below[name], value)
+        else:
+            below[name] = copy.deepcopy(value)
+
+
+def _has(values: Mapping[str, Any], key: str) -> bool:
+    node: Any = values
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _take(values: Plain, key: str) -> Any:
+    """Remove the dotted `key` and return its value; None if it is not there. Sections it leaves empty stay."""
+    node: Any = values
+    *path, last = key.split(".")
+    for part in path:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node.pop(last, None) if isinstance(node, dict) else None
+
+
+def _put(values: Plain, key: str, value: Any) -> None:
+    """Set the dotted `key`. A mapping is laid under what the new spelling says there already."""
+    node = values
+    *path, last = key.split(".")
+    for part in path:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    if isinstance(value, dict) and isinstance(node.get(last), dict):
+        above = node[last]
+        node[last] = copy.deepcopy(value)
+        _merge(node[last], above)
+    else:
+        node[last] = value
+
+
+def _with_references(value: Any) -> Any:
+    """`value` with `${old.key}` inside texts spelt as today."""
+    if isinstance(value, dict):
+        return {name: _with_references(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_references(inner) for inner in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    return re.sub(r"\$\{([\w.\-]+)\}", lambda m: "${" + RENAMES.get(m[1], m[1]) + "}", value)
+
+
+def leaves(values: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all below `values`; lists and empty mappings count as values."""
+    for name, value in values.items():
+        full = f"{key}.{name}" if key else str(name)
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, full)
+        else:
+            yield full, value

@@ -1,0 +1,1 @@
+"""Connectors: a tower's vectors to inputs of the LLM."""

@@ -1,0 +1,42 @@
+"""What a connector is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from lavis.models.parts import ConnectorConfig
+
+
+class Connector(nn.Module, ABC):
+    """[N, T, D_tower] vectors of the tower -> [N, config.span(T), D_llm] inputs of the LLM, in two steps.
+
+    `encode` is what can be kept when it is frozen together with the tower (a Q-Former's output; the tower's own vectors
+    by default); `project` is the rest. Checkpoints call its tensors by their names inside the connector.
+    """
+
+    config: ConnectorConfig
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: ConnectorConfig, tower_width: int, llm_width: int) -> Connector:
+        """The connector with new weights (on the meta device where that is the default device)."""
+
+    def encode(self, vectors_NTD: torch.Tensor) -> torch.Tensor:
+        """What may be cached when `encoder_frozen`."""
+        return vectors_NTD
+
+    @property
+    def encoder_frozen(self) -> bool:
+        """Whether `encode` can never change."""
+        return True
+
+    @abstractmethod
+    def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
+        """What `encode` gave, in the LLM's embedding space."""
+
+    def forward(self, vectors_NTD: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return self.project(self.encode(vectors_NTD))
