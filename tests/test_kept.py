@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lavis.chat.engine import Engine
-from lavis.chat.load import load_chat
-from lavis.chat.model import user_message
-from lavis.chat.pictures import open_picture
-from lavis.chat.session import ChatSession
 from lavis.cli import main
-from lavis.common.config import load_recipe
+from lavis.config.recipe import load_recipe
+from lavis.generation.engine import Engine
+from lavis.generation.model import user_message
+from lavis.generation.pictures import open_picture
+from lavis.serve.load import load_chat
+from lavis.serve.session import ChatSession
 
 KEPT = Path(__file__).resolve().parent / "fixtures/v0_1"
 EXPECTED = json.loads((KEPT / "expected.json").read_text(encoding="utf-8"))
