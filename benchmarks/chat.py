@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,8 +67,8 @@ def make_run(folder: Path, size: str) -> Path:
     tokenizer = load_tokenizer(MiniGPT4QwenConfig(llm_model="shapes/llm_b"))
     heads = width // 64
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=4096, tie_word_embeddings=False,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, tie_word_embeddings=False,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
@@ -158,9 +159,9 @@ def measure(
             )
             prompt = session._prompt(f"{turn}. {QUESTION}", tuple(shown), session.settings)
             ways = {
-                "session": lambda: ask_session(session, f"{turn}. {QUESTION}", shown, tokens),
-                "everything anew": lambda: ask_anew(chat, prompt, tokens),
-                "stock transformers": lambda: ask_stock(stock, processor, messages, tokens),
+                "session": partial(ask_session, session, f"{turn}. {QUESTION}", shown, tokens),
+                "everything anew": partial(ask_anew, chat, prompt, tokens),
+                "stock transformers": partial(ask_stock, stock, processor, messages, tokens),
             }
             for name, way in ways.items():
                 times, started = way()

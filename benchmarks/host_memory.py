@@ -90,13 +90,16 @@ QWEN2_ENDS = {
     "lm_head.weight": (VOCAB, WIDTH),
 }
 QWEN1_CONFIG = {
-    "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": WIDTH, "intermediate_size": 2 * MLP, "num_attention_heads": HEADS,
-    "kv_channels": WIDTH // HEADS, "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 2048, "no_bias": True,
-    "max_position_embeddings": 8192, "vocab_size": VOCAB, "tie_word_embeddings": False, "use_dynamic_ntk": True, "use_logn_attn": True,
+    "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": WIDTH,
+    "intermediate_size": 2 * MLP, "num_attention_heads": HEADS, "kv_channels": WIDTH // HEADS,
+    "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 2048, "no_bias": True,
+    "max_position_embeddings": 8192, "vocab_size": VOCAB, "tie_word_embeddings": False,
+    "use_dynamic_ntk": True, "use_logn_attn": True,
 }  # fmt: skip
 QWEN2_CONFIG = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": WIDTH, "intermediate_size": MLP, "num_attention_heads": HEADS,
-    "num_key_value_heads": HEADS, "vocab_size": VOCAB, "tie_word_embeddings": False, "dtype": "bfloat16",
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": WIDTH, "intermediate_size": MLP,
+    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": VOCAB,
+    "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
 LAYOUTS = {
     "Qwen2, safetensors": (

@@ -82,10 +82,13 @@ def write_recipe(folder: Path, size: str) -> Path:
     tokenizer.save_pretrained(folder / "llm")
     recipe = {
         "model": {"arch": "minigpt4qwen", "model_type": "shapes", "llm_model": str(folder / "llm")},
-        "datasets": {"shapes_instruction": {"generate": {"train": 300, "val": 10, "test": 10, "text_train": 60, "text_val": 10}}},
+        "datasets": {
+            "shapes_instruction": {"generate": {"train": 300, "val": 10, "test": 10, "text_train": 60, "text_val": 10}},
+        },
         "run": {
-            "task": "image_text_pretrain", "packing": True, "pack_length": tokens, "batch_size_train": 1, "accum_grad_iters": 2, "max_steps": 1, "num_workers": 0,
-            "log_freq": 1, "save_freq": 99, "trackers": [], "num_sample_prompts": 0, "output_dir": str(folder / "output"),
+            "task": "image_text_pretrain", "packing": True, "pack_length": tokens, "batch_size_train": 1,
+            "accum_grad_iters": 2, "max_steps": 1, "num_workers": 0, "log_freq": 1, "save_freq": 99,
+            "trackers": [], "num_sample_prompts": 0, "output_dir": str(folder / "output"),
         },
     }  # fmt: skip
     path = folder / "recipe.yaml"

@@ -17,8 +17,9 @@ from lavis.train.schedules import horizon, learning_rate
 
 STEPS = 5
 OPTIONS = [
-    f"run.max_steps={STEPS}", "run.warmup_steps=2", "run.cache_features=false", "run.evaluate_before=false", "run.evaluate_blind=false", "run.test_splits=[]", "run.valid_splits=[]",
-    "run.log_freq=1", "run.trackers=[]", "datasets.shapes_instruction.generate.train=300",
+    f"run.max_steps={STEPS}", "run.warmup_steps=2", "run.cache_features=false", "run.evaluate_before=false",
+    "run.evaluate_blind=false", "run.test_splits=[]", "run.valid_splits=[]", "run.log_freq=1",
+    "run.trackers=[]", "datasets.shapes_instruction.generate.train=300",
 ]  # fmt: skip
 
 

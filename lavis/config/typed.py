@@ -65,9 +65,7 @@ def read_dataclass(cls: type, value: Any, key: str, problems: list[Problem]) -> 
         problems.append(Problem(key, f"{value!r} is not a mapping"))
         return cls()
     hints = field_types(cls)
-    for name in value:
-        if name not in hints:
-            problems.append(Problem(join(key, name), "unknown key", tuple(hints)))
+    problems.extend(Problem(join(key, name), "unknown key", tuple(hints)) for name in value if name not in hints)
     given = [f for f in dataclasses.fields(cls) if f.name in value]
     return cls(**{f.name: _read_field(f, hints[f.name], value[f.name], join(key, f.name), problems) for f in given})
 

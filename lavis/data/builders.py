@@ -82,7 +82,7 @@ class InstructionBuilder:
                 on_error(error)
 
     def _processed(self, conversation: Conversation, process: Callable[[str], str]) -> Conversation:
-        """With the processor applied to questions (chat) or captions; a question's prompt goes before its first text."""
+        """With the processor applied to questions (chat) or captions; a question's prompt stands before its text."""
         role = "assistant" if self.config.sample_format == "caption" else "user"
         return replace(
             conversation, messages=tuple(_map_text(m, process) if m.role == role else m for m in conversation.messages)
@@ -142,21 +142,21 @@ class ShapesInstruction(ShapesBuilder):
     `interviews` are those of `train`, each with a question of every kind in one dialogue: most answers for the compute.
     """
 
-    files = {"train": "train.json", "interviews": "interviews.json", "val": "val.json", "test": "test.json"}
+    files: ClassVar = {"train": "train.json", "interviews": "interviews.json", "val": "val.json", "test": "test.json"}
 
 
 @DATASETS.register("shapes_caption")
 class ShapesCaption(ShapesBuilder):
     """Pictures with a caption in either language."""
 
-    files = {"train": "captions.json"}
+    files: ClassVar = {"train": "captions.json"}
 
 
 @DATASETS.register("shapes_text")
 class ShapesText(ShapesBuilder):
     """Dialogues about scenes described in words."""
 
-    files = {"train": "text_train.json", "val": "text_val.json"}
+    files: ClassVar = {"train": "text_train.json", "val": "text_val.json"}
 
     @property
     def image_root(self) -> Path | None:

@@ -1,4 +1,4 @@
-"""The data order: which samples make up which optimiser step, as a pure function of seed, epoch and global batch size."""
+"""The data order: the samples of each optimiser step, as a pure function of seed, epoch and global batch size."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class BaseInstruction:
 @PROCESSORS.register("blip_caption")
 @dataclass(frozen=True)
 class BlipCaption(BaseInstruction):
-    """LAVIS's caption clean-up: lower case, punctuation to spaces, runs of spaces to one; then as `base_instruction`."""
+    """LAVIS's caption clean-up: lower case, punctuation to spaces, spaces to one; then as `base_instruction`."""
 
     def __call__(self, text: str) -> str:
         text = re.sub(r"([.!\"()*#:;~])", " ", text.lower())

@@ -1,4 +1,4 @@
-"""Judging a model by what it answers: greedy answers to the last question of each conversation, compared word for word."""
+"""Judging a model by what it answers: greedy answers to each conversation's last question, compared word for word."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_answers(file: Path) -> list[Answer]:
 
 def normalize(text: str) -> str:
     """Text as it is compared: Unicode NFKC, lower case, white space folded, without final punctuation."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".!。!?,,;; ")
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".!。?,; ")
 
 
 def accuracy(answers: Sequence[Answer]) -> dict[str, float]:

@@ -23,7 +23,8 @@ from lavis.tokens.layout import chat_template_of, takes_system
 from lavis.tokens.template import ChatTemplate
 
 _FLATTEN = """\
-{{#- Written by `lavis export hf`: texts and images become the strings that the language model's own template, below, expects. -#}}
+{{#- Written by `lavis export hf`: texts and images become the strings that the language model's own \
+template, below, expects. -#}}
 {{%- set enable_thinking = false -%}}
 {system}
 {{%- set flat = namespace(messages=[], text='') -%}}

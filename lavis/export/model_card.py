@@ -19,7 +19,8 @@ folder = "."
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)  # or torch.bfloat16, device_map="auto"
 processor = AutoProcessor.from_pretrained(folder, backend="pil")
 
-messages = [{"role": "user", "content": [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is in the picture?"}]}]
+question = {"type": "text", "text": "What is in the picture?"}
+messages = [{"role": "user", "content": [{"type": "image", "path": "picture.jpg"}, question]}]
 inputs = processor.apply_chat_template(
     messages,
     chat_template=processor.tokenizer.chat_template,
@@ -45,17 +46,17 @@ tags: [blip-2, minigpt4qwen]
 
 # {name}
 
-A vision tower (EVA ViT and Q-Former of BLIP-2), a linear layer and the chat LLM `{llm}`, trained with lavis {version} and exported to
-transformers' `Blip2ForConditionalGeneration`. Nothing of lavis is needed to use it.
+A vision tower (EVA ViT and Q-Former of BLIP-2), a linear layer and the chat LLM `{llm}`, trained with lavis
+{version} and exported to transformers' `Blip2ForConditionalGeneration`. Nothing of lavis is needed to use it.
 
 ## Asking it
 
 ```python
 {snippet}```
 
-Several images may stand anywhere in a user turn, and turns may follow each other. Without any image, ask the LLM alone: the same call gives
-`inputs`, and `model.language_model.generate` takes them. `backend="pil"` makes pictures exactly those of the training; the default one
-differs by rounding. {prompts}
+Several images may stand anywhere in a user turn, and turns may follow each other. Without any image, ask the LLM alone:
+the same call gives `inputs`, and `model.language_model.generate` takes them. `backend="pil"` makes pictures exactly
+those of the training; the default one differs by rounding. {prompts}
 
 ## Results
 

@@ -34,8 +34,13 @@ _DEPTH = 2
 """Blocks of LLM and ViT that are run; what a block more costs is known from running one more."""
 _QUANTIZED = {None: 1.0, "int8": 0.5, "int4": 4.5 / 16}
 """Bytes of a block's weights relative to 16 bits a weight; NF4 has a scale of 32 bits for 64 weights."""
-# With data transformers sees that rows are not packed and does without a mask; with shapes alone it can't.
-_NO_MASK = mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None, create=True)
+
+
+def _not_packed(*_: object, **__: object) -> None:
+    """With data transformers sees that rows are not packed and does without a mask; with shapes alone it can't."""
+
+
+_NO_MASK = mock.patch("transformers.masking_utils.find_packed_sequence_indices", _not_packed, create=True)
 
 
 @dataclass(frozen=True)

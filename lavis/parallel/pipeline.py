@@ -93,7 +93,7 @@ class StagedModel(nn.Module):
         max_new_tokens: int = 512,
         do_sample: bool = False,
     ) -> list[list[int]]:
-        """Greedy continuations, as lavis.models.llm.generate; each stage keeps the keys and values of its own blocks."""
+        """Greedy continuations, as lavis.models.llm.generate; each stage keeps keys and values of its own blocks."""
         assert not do_sample
         part, lengths = self.stage.part, torch.tensor(batch.lengths, device=self._device)
         width = int(lengths.max())

@@ -87,14 +87,14 @@ class Strategy(ABC):
 
     @abstractmethod
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Optimiser state to save, as `<slot>.<name>`, whole: a checkpoint knows nothing of the layout it was made in."""
+        """Optimiser state to save, as `<slot>.<name>`, whole: a checkpoint knows nothing of the layout that made it."""
 
     @abstractmethod
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore what `state_tensors` gave."""
 
     def check_finite(self, number: int, loss: float, norm: float) -> None:
-        """Raise TrainingError for a loss that is not finite, or a gradient, which fp16's loss scaling may take care of."""
+        """Raise TrainingError for a loss that is not finite, or a gradient that fp16's loss scaling does not handle."""
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise TrainingError(
                 f"step {number}: the loss is {loss} and the gradient norm {norm}; nothing was saved. "

@@ -77,10 +77,7 @@ class HostedTracker:
 
 def open_trackers(names: Iterable[str], folder: Path) -> list[Tracker]:
     """The trackers of `run.trackers`. Raises ConfigError for one that is not installed."""
-    trackers: list[Tracker] = []
-    for name in names:
-        trackers.append(TensorBoardTracker(folder) if name == "tensorboard" else HostedTracker(name, folder))
-    return trackers
+    return [TensorBoardTracker(folder) if name == "tensorboard" else HostedTracker(name, folder) for name in names]
 
 
 class MetricsLog:
@@ -111,7 +108,7 @@ class MetricsLog:
             self.progress.start()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line: `kind` (train, valid, test), `step` and `values`; numbers go to the trackers as `kind/name`."""
+        """Append one line: `kind` (train, valid, test), `step`, `values`; numbers go to the trackers as `kind/name`."""
         with self.file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
         numbers = {f"{kind}/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))}

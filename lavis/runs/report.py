@@ -22,9 +22,13 @@ from lavis.runs.metrics import read_metrics
 THUMBNAIL = 160
 """Longest side of a picture in the report, pixels."""
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;background:Canvas;color:CanvasText}
-:root{color-scheme:light dark} table{border-collapse:collapse;width:100%} td,th{border-bottom:1px solid #8885;padding:.5rem;text-align:left;vertical-align:top}
-.yes{color:#188038} .no{color:#c5221f} @media(prefers-color-scheme:dark){.yes{color:#81c995}.no{color:#f28b82}} img{border-radius:6px;margin-right:4px}
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;background:Canvas;
+color:CanvasText}
+:root{color-scheme:light dark}
+table{border-collapse:collapse;width:100%}
+td,th{border-bottom:1px solid #8885;padding:.5rem;text-align:left;vertical-align:top}
+.yes{color:#188038} .no{color:#c5221f} @media(prefers-color-scheme:dark){.yes{color:#81c995}.no{color:#f28b82}}
+img{border-radius:6px;margin-right:4px}
 """
 
 
@@ -79,7 +83,8 @@ class SampleReport:
         first = answers[0]
         pictures = "".join(_picture(Path(path)) for path in first.images)
         cells = "".join(f"<td{_verdict(a)}>{html.escape(a.answer)}</td>" for a in answers)
-        return f"<tr><td>{pictures}</td><td>{html.escape(first.question)}</td><td>{html.escape(first.expected)}</td>{cells}</tr>"
+        asked = f"<td>{html.escape(first.question)}</td><td>{html.escape(first.expected)}</td>"
+        return f"<tr><td>{pictures}</td>{asked}{cells}</tr>"
 
 
 def _verdict(answer: Answer) -> str:
@@ -105,7 +110,7 @@ def _data_url(path: Path) -> str:
 
 
 def draw_answers(answers: Sequence[Answer], file: Path, columns: int = 3) -> Path:
-    """Draw questions about pictures with their answers as cards in an SVG (the viewer's own fonts write the Chinese)."""
+    """Draw questions about pictures with their answers as cards in an SVG (the viewer's fonts write the Chinese)."""
     width, height = 290, 150
     rows = -(-len(answers) // columns)
     cards = "".join(_card(a, 10 + (i % columns) * width, 10 + (i // columns) * height) for i, a in enumerate(answers))
@@ -134,7 +139,7 @@ def _card(answer: Answer, x: int, y: int) -> str:
 
 
 def plot_loss(folder: Path) -> Path | None:
-    """Draw loss.png from metrics.jsonl: training loss, its running mean, validation loss; None when nothing was logged."""
+    """Draw loss.png from metrics.jsonl: training loss, its running mean, validation loss; None if none was logged."""
     train = read_metrics(folder / "metrics.jsonl", "train")
     valid = read_metrics(folder / "metrics.jsonl", "valid")
     if not train:

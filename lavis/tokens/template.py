@@ -253,7 +253,7 @@ class ChatTemplate:
         return tuple(token if learn else IGNORE_INDEX for token, learn in zip(ids, learned, strict=True))
 
     def _forbidden(self) -> frozenset[int]:
-        """Ids that no content may become: special tokens, the placeholder, and added tokens of the template's headers."""
+        """Ids that no content may become: special tokens, the placeholder, added tokens of the template's headers."""
         turns = self._frame(("user", "assistant", "user"), generation=False).ids
         header = {*turns[0], *turns[2], *self._frame(("user",), generation=True).ids[-1]}
         added = header.intersection(self.tokenizer.added_tokens_decoder)

@@ -119,7 +119,8 @@ class PipelineRunner(RunnerBase):
         plan = planner.plan(self._layout(), blocks=self.run_config.stage_blocks or None)
         for i, (n, f, memory) in enumerate(zip(plan.blocks, plan.footprints, plan.memory, strict=True)):
             log.info(
-                "stage %d of %d: %d blocks, %s parameters, %.3g GFLOP a micro-batch of the longest rows, %.2f GiB expected",
+                "stage %d of %d: %d blocks, %s parameters, %.3g GFLOP a micro-batch of the longest rows, "
+                "%.2f GiB expected",
                 i, len(plan.blocks), n, f"{round(f.parameters):,}", f.flops / 1e9, memory.total / 2**30,
             )  # fmt: skip
         return list(plan.blocks)

@@ -389,7 +389,7 @@ def _images_in(batch: Batch) -> int:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of dropout and sampling in one step of one rank: a pure function, so that resuming needs no generator state."""
+    """Seed of dropout and sampling in one step of one rank: a pure function, so resuming needs no generator state."""
     return (seed * 1_000_003 + step) * 4_099 + rank
 
 

@@ -61,7 +61,7 @@ def qwen1_names(num_layers: int) -> list[str]:
 
 
 def is_computed(name: str) -> bool:
-    """Whether the Qwen-1 tensor `name` is no weight but a table that some of its versions save (rotary, log-n, masks)."""
+    """Whether the Qwen-1 tensor `name` is no weight but a table that some versions save (rotary, log-n, masks)."""
     return (
         re.fullmatch(rf"transformer\.(h\.\d+\.)?({_COMPUTED})|transformer\.h\.\d+\.attn\.rotary_emb\.inv_freq", name)
         is not None

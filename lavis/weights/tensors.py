@@ -26,8 +26,14 @@ log = logging.getLogger(__name__)
 
 TOWER_PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
 """Names of what makes an image's query vectors."""
-_NOT_TOWER = r"(llm_model|llm_proj|llm_projection|t5_model|t5_proj|opt_model|opt_proj|itm_head|vision_proj|text_proj)\.|temp$|text_embeddings\."
-_TEXT_BRANCH = r"Qformer\.(cls|bert\.cls|bert\.embeddings\.(word|position)_embeddings|bert\.embeddings\.position_ids)|Qformer\..*layer\.\d+\.(intermediate|output)\."
+_NOT_TOWER = (
+    r"(llm_model|llm_proj|llm_projection|t5_model|t5_proj|opt_model|opt_proj|itm_head|vision_proj|text_proj)\."
+    r"|temp$|text_embeddings\."
+)
+_TEXT_BRANCH = (
+    r"Qformer\.(cls|bert\.cls|bert\.embeddings\.(word|position)_embeddings|bert\.embeddings\.position_ids)"
+    r"|Qformer\..*layer\.\d+\.(intermediate|output)\."
+)
 _VIT_REST = r"visual_encoder\.(norm|fc_norm|head)\."
 _POS_EMBED = "visual_encoder.pos_embed"
 _QFORMER_RENAMES = (

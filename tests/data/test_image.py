@@ -85,7 +85,7 @@ def test_huge_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "config, message",
+    ("config", "message"),
     [(ProcessorConfig(name="base_instruction"), "not for images"), (ProcessorConfig(mean=[0.5]), "mean has 1 values")],
 )
 def test_a_section_that_can_not_work_is_refused(config: ProcessorConfig, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The data order is a function of seed, epoch and global batch size, however that splits into ranks and micro-batches."""
+"""The data order is a function of seed, epoch and global batch size, however ranks and micro-batches divide it."""
 
 from __future__ import annotations
 

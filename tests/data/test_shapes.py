@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_group_is_nearest_to_its_own_side() -> None:
         x, y = (sum(getattr(item, axis) for item in scene.items) / scene.count for axis in "xy")
         distances = {"left": x, "right": 1 - x, "top": y, "bottom": 1 - y}
         assert min(distances, key=distances.get) == scene.side
-        for a, b in zip(scene.items, scene.items[1:]):
+        for a, b in pairwise(scene.items):
             assert max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius - 0.02
 
 

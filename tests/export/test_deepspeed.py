@@ -204,7 +204,8 @@ import sys, torch, deepspeed
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3), torch.nn.LayerNorm(3))
 model[0].requires_grad_(False)
-optimizer = torch.optim.AdamW([{"params": [model[1].weight]}, {"params": [model[1].bias, *model[2].parameters()]}], lr=0.1)
+groups = [{"params": [model[1].weight]}, {"params": [model[1].bias, *model[2].parameters()]}]
+optimizer = torch.optim.AdamW(groups, lr=0.1)
 config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 engine.backward(engine(torch.ones(1, 5)).square().sum())

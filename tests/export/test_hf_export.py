@@ -239,7 +239,7 @@ def _each_part(messages, **values):
 
 
 @pytest.mark.parametrize(
-    "mode, size", [("RGB", (90, 61)), ("RGBA", (33, 200)), ("L", (32, 32)), ("RGB", (32, 32)), ("RGB", (7, 5))]
+    ("mode", "size"), [("RGB", (90, 61)), ("RGBA", (33, 200)), ("L", (32, 32)), ("RGB", (32, 32)), ("RGB", (7, 5))]
 )
 def test_pictures_are_the_same(both, tmp_path, mode, size):
     image = Image.open(picture(tmp_path / "picture.png", size, mode))

@@ -1,4 +1,4 @@
-"""First-generation Qwen in plain PyTorch, as its report and configuration describe it, and small folders in its format."""
+"""First-generation Qwen in plain PyTorch, as its report and configuration have it, and small folders in its format."""
 
 import base64
 import json

@@ -104,8 +104,8 @@ def test_softcapped_logits_are_honoured():
     torch.manual_seed(0)
     llm = Gemma2ForCausalLM(
         Gemma2Config(
-            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=8, final_logit_softcapping=2.0,
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0,
         )
     )  # fmt: skip
     ids = torch.randint(3, 50, (1, 9))

@@ -11,8 +11,8 @@ from lavis.models.stages import SPLITTABLE, Part, Stage, cut, llm_part, load_par
 from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, small_model, tower_settings
 
 DIMENSIONS = {
-    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def stages(folder, sizes):
 
 
 def through(parts, embeds, **settings):
-    for part, llm in parts:
+    for _, llm in parts:
         embeds = llm.base_model(inputs_embeds=embeds, use_cache=False, **settings).last_hidden_state
     return llm.get_output_embeddings()(embeds)
 

@@ -1,4 +1,4 @@
-"""`lavis chat` on the shapes model, whose answer is the text in $ANSWER, a token each $PAUSE seconds; the flags follow."""
+"""`lavis chat` on the shapes model, which answers $ANSWER, a token each $PAUSE seconds; the flags follow."""
 
 import os
 import sys

@@ -157,7 +157,7 @@ def _said(text):
 
 
 def test_layers_on_several_devices(chat, pictures, tmp_path):
-    """A device map with a layer kept on disk: hooks bring each layer's weights and inputs together, as on several GPUs."""
+    """With a layer kept on disk: hooks bring each layer's weights and inputs together, as on several GPUs."""
     chat.llm.save_pretrained(tmp_path / "llm")
     places = {f"model.layers.{i}": "cpu" for i in range(chat.llm.config.num_hidden_layers)} | {"model.layers.1": "disk"}
     places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")

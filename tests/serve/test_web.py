@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -181,7 +182,7 @@ def test_streaming_stop_and_a_closed_tab(slow, visit):
     seen = set()
     until(lambda: seen.add(page.evaluate(LAST)) or len(seen) >= 6)
     by_length = sorted(seen - {"…"}, key=len)
-    assert all(longer.startswith(shorter[:5]) for shorter, longer in zip(by_length, by_length[1:], strict=False))
+    assert all(longer.startswith(shorter[:5]) for shorter, longer in pairwise(by_length))
     assert page.locator("#undo[disabled]").count() == 1
     page.click("#box .stop-button")
     stopped = answered(page, 1)

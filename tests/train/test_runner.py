@@ -15,8 +15,9 @@ def test_a_run_leaves_what_it_promises(cache, tmp_path):
         cache,
         tmp_path,
         run={
-            "valid_splits": ["val"], "test_splits": ["test"], "eval_freq": 2, "save_freq": 2, "num_sample_prompts": 2, "max_new_tokens": 3,
-            "evaluate_before": True, "evaluate_blind": True, "trackers": ["tensorboard"], "export": str(tmp_path / "exported"),
+            "valid_splits": ["val"], "test_splits": ["test"], "eval_freq": 2, "save_freq": 2, "num_sample_prompts": 2,
+            "max_new_tokens": 3, "evaluate_before": True, "evaluate_blind": True, "trackers": ["tensorboard"],
+            "export": str(tmp_path / "exported"),
         },
     )  # fmt: skip
     lines = train_lines(run)

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_warm_up_starts_at_its_own_rate_and_lasts_beyond_an_epoch(name):
     warm = rates(name, max_epoch=3, warmup_steps=15, warmup_lr=0.4)
     assert warm[0] == 0.4
     assert warm[14] == pytest.approx(0.4 + 0.6 * 14 / 15)
-    assert all(a < b for a, b in zip(warm[:14], warm[1:15]))
+    assert all(a < b for a, b in pairwise(warm[:15]))
     assert rates(name, max_epoch=2, warmup_steps=5, warmup_lr=-1)[0] == 1.0
 
 

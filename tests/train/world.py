@@ -55,7 +55,8 @@ def make_world(cache: Path) -> None:
     tokenizer = TokenizerTraining(recipe).fit([Conversation((Message("user", (words,)),))] * 3)
     llm = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2,
         )
     )  # fmt: skip
     llm.save_pretrained(cache / "tiny/llm")
