@@ -111,7 +111,8 @@ def _report(
         " TFLOP a row"
     )
     head = (
-        f"{'':34}{'micro-batch':>12}{'recompute':>10}{'weights':>9}{'optimiser':>10}{'gradients':>10}{'activations':>12}{'workspace':>10}{'runtime':>9}{'peak':>8}"
+        f"{'':34}{'micro-batch':>12}{'recompute':>10}{'weights':>9}{'optimiser':>10}{'gradients':>10}"
+        f"{'activations':>12}{'workspace':>10}{'runtime':>9}{'peak':>8}"
         f"  {'fits':5}{'step':>9}"
     )
     lines += ["", head + "   (GiB of each rank)"]

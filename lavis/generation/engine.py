@@ -261,7 +261,7 @@ class Engine:
     def _guarded_step(self) -> None:
         try:
             self._step()
-        except Exception as error:  # noqa: BLE001 - such as memory that ran out: these answers are lost, the engine goes on
+        except Exception as error:  # noqa: BLE001 - out of memory, say: the engine goes on without them
             for row in self._rows:
                 if not row.answer.ended:
                     row.answer.fail(_told(error))

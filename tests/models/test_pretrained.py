@@ -1,6 +1,6 @@
 """save_pretrained and from_pretrained: the same model, bit for bit.
 
-What transformers' own folder gives is in tests/converters.
+What transformers' own folder gives is in tests/export.
 """
 
 import json
