@@ -6,6 +6,8 @@ import argparse
 import logging
 import sys
 from contextlib import closing
+from io import TextIOWrapper
+from typing import cast
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     setup_logging(logging.WARNING)
     # what fails there is shown as the answer's error
     logging.getLogger("lavis.generation.engine").setLevel(logging.CRITICAL)
-    sys.stdout.reconfigure(errors="replace")  # what the locale's encoding lacks
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")  # what the locale's encoding lacks
     lang = args.lang or default_language()
     screen = Screen(interactive=args.question is None and sys.stdin.isatty(), markdown=args.markdown)
     changes = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if args.question is not None:
             return terminal.answer_lines([args.question])
         if not screen.interactive:
-            sys.stdin.reconfigure(errors="replace")
+            cast(TextIOWrapper, sys.stdin).reconfigure(errors="replace")
             return terminal.answer_lines(sys.stdin)
         terminal.talk()
     return 0

@@ -42,7 +42,8 @@ def _section(title: str, cls: type, instance: Any) -> str:
 
 
 def _rows(instance: Any, prefix: str = "") -> Iterator[str]:
-    hints = field_types(type(instance))
+    cls: type = type(instance)
+    hints = field_types(cls)
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -47,7 +47,7 @@ class Layer:
     @functools.cached_property
     def plain(self) -> dict[str, Any]:
         """The values as dicts and lists, interpolations not filled in."""
-        return OmegaConf.to_container(self.values)
+        return cast(dict[str, Any], OmegaConf.to_container(self.values))
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ def _check_sections(layer: Layer) -> None:
 
 def _arch(layers: Sequence[Layer]) -> tuple[str, str]:
     """(arch, model_type) as the layers set them, or the schema's. Raises ConfigError for an unknown arch."""
-    model = OmegaConf.merge(*(layer.values for layer in layers)).get("model") or {}
+    merged = cast(DictConfig, OmegaConf.merge(*(layer.values for layer in layers)))
+    model = merged.get("model") or {}
     if not isinstance(model, Mapping):
         raise ConfigError(f"model: {model!r} is not a mapping ({layers[0].label}).")
     arch, model_type = (str(model.get(k, getattr(ModelConfig, k))) for k in ("arch", "model_type"))
@@ -231,7 +232,7 @@ def _arch(layers: Sequence[Layer]) -> tuple[str, str]:
 def _default_layers(user: Sequence[Layer]) -> list[Layer]:
     """The layers below the user's: schema, the model's YAML, the datasets' YAML."""
     arch, model_type = _arch(user)
-    merged = OmegaConf.merge(*(layer.values for layer in user))
+    merged = cast(DictConfig, OmegaConf.merge(*(layer.values for layer in user)))
     datasets = merged.get("datasets") or {}
     if not isinstance(datasets, Mapping):
         raise ConfigError(f"datasets: {datasets!r} is not a mapping of dataset names ({_where('datasets', user)}).")
@@ -301,7 +302,7 @@ def _resolved(layers: Sequence[Layer], source: Path) -> dict[str, Any]:
     """The merged layers as plain values, interpolations filled in."""
     try:
         merged = OmegaConf.merge(*(layer.values for layer in layers))
-        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as e:
         raise ConfigError(f"{label(source)}: {e.full_key or 'a value'}: {str(e).splitlines()[0]}.") from e
 

@@ -109,8 +109,7 @@ def _feature_cache(recipe: Recipe) -> Iterator[str]:
 
 def _sizes(recipe: Recipe) -> Iterator[str]:
     run, model = recipe.run, recipe.model
-    chats = isinstance(model, (MiniGPT4QwenConfig, CausalLMConfig))
-    if chats and run.packing and run.pack_length < model.max_txt_len:
+    if isinstance(model, (MiniGPT4QwenConfig, CausalLMConfig)) and run.packing and run.pack_length < model.max_txt_len:
         longest = f"the longest sample, model.max_txt_len {model.max_txt_len}"
         yield f"run.pack_length {run.pack_length} is shorter than {longest}: raise the one or lower the other."
     if run.autocast_on_cpu and run.autocast_dtype == "fp16" and run.device != "cuda":
@@ -188,9 +187,10 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
     if stage not in (0, 1, 2, 3):
         yield f"{key} is {stage!r}: it is 0, 1, 2 or 3."
-    if stage == 3 and getattr(recipe.model, "llm_quantization", None):
+    quantization = getattr(recipe.model, "llm_quantization", None)
+    if stage == 3 and quantization:
         yield (
-            f"model.llm_quantization {recipe.model.llm_quantization} does not go with ZeRO-3, which splits weights: set"
+            f"model.llm_quantization {quantization} does not go with ZeRO-3, which splits weights: set"
             f" it to null, or {key}=2."
         )
     if run.runner == "pipeline_runner":

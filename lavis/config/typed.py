@@ -98,7 +98,7 @@ def read_value(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return None if value is None else read_value(args[0], value, key, problems)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, key, problems)
     if origin is dict and (value is None or isinstance(value, Mapping)):
         return {str(k): read_value(args[1], v, join(key, k), problems) for k, v in (value or {}).items()}

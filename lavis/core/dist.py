@@ -41,7 +41,7 @@ class World:
         """Element-wise largest over ranks, in fp64."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: Sequence[float], op: dist.ReduceOp) -> list[float]:
+    def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return list(values)
         kind = torch.float32 if self.device.type == "mps" else torch.float64

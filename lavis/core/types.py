@@ -122,14 +122,14 @@ class Batch:
     def to(self, device: Any) -> Batch:
         """The same batch on `device`."""
 
-        def move(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t.to(device, non_blocking=True)
+        def move(t: torch.Tensor) -> torch.Tensor:
+            return t.to(device, non_blocking=True)
 
         return replace(
             self,
             input_ids=move(self.input_ids),
             labels=move(self.labels),
             position_ids=move(self.position_ids),
-            pixel_values=move(self.pixel_values),
-            features=move(self.features),
+            pixel_values=None if self.pixel_values is None else move(self.pixel_values),
+            features=None if self.features is None else move(self.features),
         )

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -47,8 +47,12 @@ def write_answers(file: Path, answers: Iterable[Answer]) -> None:
 
 def read_answers(file: Path) -> list[Answer]:
     """What `write_answers` wrote."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [Answer(**{k: tuple(v) if k == "images" else v for k, v in row.items() if k != "correct"}) for row in rows]
+    return [_read_answer(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _read_answer(row: dict[str, Any]) -> Answer:
+    values: dict[str, Any] = {k: tuple(v) if k == "images" else v for k, v in row.items() if k != "correct"}
+    return Answer(**values)
 
 
 def normalize(text: str) -> str:
@@ -108,7 +112,8 @@ class Answerer:
         paths = [path for s in samples for path in s.images]
         pixels = self.images.load(paths, 0)[0] if paths else {}
         batch = collate([[s] for s in samples], pixels, self.template.pad_token_id, None)
-        rows = self.model.generate(
+        generate = cast(Callable[..., list[list[int]]], self.model.generate)
+        rows = generate(
             self.ready(batch),
             self.template.stop_token_ids,
             self.template.pad_token_id,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import Blip2Config, Blip2ForConditionalGeneration
@@ -101,13 +101,13 @@ def blip2_config(model: MiniGPT4Qwen, stop_token_ids: Sequence[int], pad_token_i
     The ids go into the LLM's part: stock generation reads them there and not in generation_config.json.
     """
     c, dimensions = model.config, model.config.vit_dimensions()
-    text = copy.deepcopy(model.llm_model.config)
+    text, vit = copy.deepcopy(model.llm_model.config), cast(Any, model.visual_encoder)
     text.name_or_path = ""  # a folder of this machine
     vars(text).pop("quantization_config", None)  # of the file it was read from; the weights are whole here
     text.eos_token_id, text.pad_token_id = list(stop_token_ids), pad_token_id
     vision = {
         "hidden_size": dimensions["embed_dim"],
-        "intermediate_size": model.visual_encoder.blocks[0].mlp.fc1.out_features,
+        "intermediate_size": vit.blocks[0].mlp.fc1.out_features,
         "num_hidden_layers": dimensions["depth"],
         "num_attention_heads": dimensions["num_heads"],
         "image_size": c.image_size,
@@ -142,7 +142,7 @@ def own_config(values: Mapping[str, Any], where: str) -> MiniGPT4QwenConfig:
     Raises CheckpointError when it is a model that this program's can't equal.
     """
     config = Blip2Config.from_dict(dict(values))
-    v, q = config.vision_config, config.qformer_config
+    v, q = cast(Any, config.vision_config), cast(Any, config.qformer_config)
     needed = [
         ("image_token_index", config.image_token_index is not None, True),
         ("vision_config.layer_norm_eps", v.layer_norm_eps, 1e-6),

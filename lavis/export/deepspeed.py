@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -136,7 +136,9 @@ class _StandIn:
 
 
 def _rank(file: Path) -> int:
-    return int(re.search(r"zero_pp_rank_(\d+)_", file.name)[1])
+    match = re.search(r"zero_pp_rank_(\d+)_", file.name)
+    assert match is not None  # it was found by this name
+    return int(match[1])
 
 
 def _put_together(ckpt_dir: Path, pieces: list[Path]) -> Tensors:
@@ -230,7 +232,7 @@ def _what_it_is(ckpt_dir: Path) -> str:
     return "Give the folder of one epoch or step, such as deepspeed_ckpt/epoch_9."
 
 
-def _holds_tensors(content: object) -> bool:
+def _holds_tensors(content: object) -> TypeGuard[dict[str, torch.Tensor]]:
     return isinstance(content, dict) and bool(content) and all(isinstance(t, torch.Tensor) for t in content.values())
 
 

@@ -6,7 +6,7 @@ import copy
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from lavis.objectives.base import Task
 from lavis.runs.checkpoint import identity
 from lavis.runs.folder import frozen_differences
 from lavis.weights.tensors import load_tensors
+
+if TYPE_CHECKING:
+    from lavis.tokens.template import ChatTemplate
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,8 @@ def export_hf(
     folder.mkdir(parents=True, exist_ok=True)
     _write_model(model, task.template, folder, max_shard_size)
     dataset = next(iter(trained.recipe.datasets.values()))
-    differences = write_processor(folder, task.tokenizer, task.template, image_processor(dataset.vis_processor.eval))
+    template = cast("ChatTemplate", task.template)  # a model that sees and answers has no other
+    differences = write_processor(folder, task.tokenizer, template, image_processor(dataset.vis_processor.eval))
     for difference in differences:
         log.warning("stock transformers reads this prompt otherwise: %s", difference)
     (folder / "README.md").write_text(model_card(trained, differences), encoding="utf-8")
@@ -121,7 +125,7 @@ def _give_placeholder_a_row(model: MiniGPT4Qwen, like: int) -> None:
     New rows equal row `like`, the padding's, which is never generated: so the new ids aren't either.
     """
     llm = model.llm_model
-    rows = llm.get_input_embeddings().weight.shape[0]
+    rows = cast(torch.Tensor, llm.get_input_embeddings().weight).shape[0]
     if model.image_token_id < rows:
         return
     llm.resize_token_embeddings(model.image_token_id + 1, mean_resizing=False)

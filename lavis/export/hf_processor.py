@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoTokenizer, Blip2Processor, BlipImageProcessorPil, PreTrainedTokenizerFast
 
@@ -81,7 +81,7 @@ def write_processor(
     Returns what stock transformers encodes otherwise than this program: one line for each such probe, normally none.
     """
     tokenizer.save_pretrained(folder)
-    token = tokenizer.convert_ids_to_tokens(template.image_token_id)
+    token = cast(str, tokenizer.convert_ids_to_tokens(template.image_token_id))
     # image_token keeps Blip2Processor from adding a token of its own; generation wants its padding on the left.
     saved = AutoTokenizer.from_pretrained(folder, image_token=token, padding_side="left")
     saved.pad_token = tokenizer.convert_ids_to_tokens(template.pad_token_id)
@@ -102,7 +102,7 @@ def write_processor(
 
 def exported_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer that `write_processor` wrote to `folder`, with the chat template it had before."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder))
     if tokenizer.chat_template:
         tokenizer.chat_template = tokenizer.chat_template.rpartition(_LAST_LINE)[2]
     return tokenizer
@@ -143,7 +143,7 @@ def probe(processor: Blip2Processor, template: ChatTemplate) -> list[str]:
 
 def stock_ids(processor: Blip2Processor, messages: list[dict[str, Any]]) -> list[int]:
     """Ids of the prompt that asks for the next answer, as the model card says to get them."""
-    encoded = processor.apply_chat_template(
+    encoded: Any = processor.apply_chat_template(
         messages,
         chat_template=processor.tokenizer.chat_template,
         add_generation_prompt=True,

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
@@ -38,7 +39,7 @@ def convert_qwen1(source: Path, target: Path, max_shard_size: str = "2GB") -> li
         )
     config, tensors = open_qwen1(source)
     tokenizer = qwen1_tokenizer(source)
-    stops, pad = tokenizer.convert_tokens_to_ids([END, START, PAD]), tokenizer.pad_token_id
+    stops, pad = cast(list[int], tokenizer.convert_tokens_to_ids([END, START, PAD])), tokenizer.pad_token_id
     config.update({"architectures": ["Qwen2ForCausalLM"], "eos_token_id": stops[0], "pad_token_id": pad})
     config.dtype = next(iter(tensors.values()))[...].dtype
     generation = generation_config(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -132,13 +133,13 @@ def export_peft(trained: Trained, folder: Path) -> list[Path]:
         task_type="CAUSAL_LM",
         base_model_name_or_path=c.llm_model,
         r=c.lora_r,
-        lora_alpha=c.lora_alpha,
+        lora_alpha=cast(int, c.lora_alpha),  # any number will do
         lora_dropout=c.lora_dropout,
         target_modules=sorted({name.split(".")[-3] for name in adapters}),
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     rest = {name: t for name, t in tensors.items() if not name.startswith(LLM)}
     write_tensors(rest, folder / "projection.safetensors", torch.float32)

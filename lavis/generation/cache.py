@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +41,19 @@ class GrowingLayer(DynamicLayer):
         new = old + key_states.shape[-2]
         if self.room is None or new > self.room[0].shape[-2]:
             size = max(new + 64, new * 5 // 4)
-            pairs = ((self.keys, key_states), (self.values, value_states))
-            self.room = tuple(_with_room(have, like, old, size) for have, like in pairs)
-        for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[..., old:new, :] = states
-        self.keys, self.values = (room[..., :new, :] for room in self.room)
+            self.room = (
+                _with_room(self.keys, key_states, old, size),
+                _with_room(self.values, value_states, old, size),
+            )
+        keys, values = self.room
+        keys[..., old:new, :], values[..., old:new, :] = key_states, value_states
+        self.keys, self.values = keys[..., :new, :], values[..., :new, :]
         return self.keys, self.values
 
 
-def _with_room(have: torch.Tensor, like: torch.Tensor, old: int, size: int) -> torch.Tensor:
+def _with_room(have: torch.Tensor | None, like: torch.Tensor, old: int, size: int) -> torch.Tensor:
     room = like.new_empty(*like.shape[:-2], size, like.shape[-1])
-    if old:
+    if have is not None and old:
         room[..., :old, :] = have
     return room
 
@@ -81,7 +84,8 @@ def new_cache(layers: Layers | None = None) -> Cache:
 
 def layers_of(cache: Cache) -> Layers:
     """Views of what `cache` holds."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers  # of attention, and with something in them
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def joined(parts: Sequence[Layers]) -> Layers:
@@ -91,7 +95,10 @@ def joined(parts: Sequence[Layers]) -> Layers:
     def padded(t: torch.Tensor) -> torch.Tensor:
         return F.pad(t, (0, 0, longest - t.shape[-2], 0))
 
-    return [tuple(torch.cat([padded(part[i][j]) for part in parts]) for j in (0, 1)) for i in range(len(parts[0]))]
+    def batch(i: int, j: int) -> torch.Tensor:
+        return torch.cat([padded(part[i][j]) for part in parts])
+
+    return [(batch(i, 0), batch(i, 1)) for i in range(len(parts[0]))]
 
 
 def row_of(layers: Layers, row: int, length: int) -> Layers:

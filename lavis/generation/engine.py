@@ -15,10 +15,10 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+from transformers import Cache, LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from lavis.core.errors import BusyError, ChatError
 from lavis.generation.cache import PrefixStore, cuttable, joined, layers_of, new_cache, row_of
@@ -28,6 +28,9 @@ from lavis.generation.sampling import Chooser
 from lavis.generation.settings import GenerationSettings
 from lavis.models.llm import generate
 
+if TYPE_CHECKING:
+    from lavis.models.vision import Blip2Base
+
 log = logging.getLogger(__name__)
 
 STORE_SHARE = 0.1
@@ -36,7 +39,7 @@ STORE_BYTES = 2 << 30
 FEATURE_ROWS = 512
 """Pictures whose features are kept."""
 
-Sink = Callable[["int | None"], None]
+Sink = Callable[["int | None"], object]
 
 
 @dataclass(eq=False)
@@ -134,7 +137,7 @@ class Engine:
         self.features: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._waiting: deque[Answer] = deque()
         self._rows: list[_Row] = []
-        self._cache = None
+        self._cache: Cache | None = None
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="lavis-engine", daemon=True)
@@ -240,6 +243,7 @@ class Engine:
             self._keep(row, layers_of(cache), 0)
             return
         if self._rows:
+            assert self._cache is not None
             cache = new_cache(joined([layers_of(self._cache), layers_of(cache)]))
         self._rows.append(row)
         self._cache = cache
@@ -252,7 +256,8 @@ class Engine:
 
     def _features(self, picture: Picture) -> torch.Tensor:
         if picture.key not in self.features:
-            self.features[picture.key] = self.chat.model.encode_images(self.chat.pixels(picture))[0]
+            tower = cast("Blip2Base", self.chat.model)
+            self.features[picture.key] = tower.encode_images(self.chat.pixels(picture))[0]
             if len(self.features) > FEATURE_ROWS:
                 self.features.popitem(last=False)
         self.features.move_to_end(picture.key)
@@ -270,7 +275,8 @@ class Engine:
 
     def _step(self) -> None:
         """One token for each row."""
-        rows, device = self._rows, self.chat.llm.get_input_embeddings().weight.device
+        rows, table = self._rows, cast(torch.Tensor, self.chat.llm.get_input_embeddings().weight)
+        device = table.device
         longest = max(row.length for row in rows)
         mask = None
         if any(row.length < longest for row in rows):
@@ -315,6 +321,7 @@ class Engine:
         left = [i for i, row in enumerate(self._rows) if not row.answer.ended]
         if len(left) == len(self._rows):
             return
+        assert self._cache is not None  # there are rows
         layers = layers_of(self._cache)
         for i, row in enumerate(self._rows):
             if row.answer.finish_reason:
@@ -343,7 +350,7 @@ class Engine:
                 chat.llm,
                 self._embed(prompt, 0),
                 [len(prompt)],
-                chat.stop_token_ids,
+                sorted(chat.stop_token_ids),
                 chat.template.pad_token_id,
                 max_new_tokens=s.max_new_tokens,
                 do_sample=s.do_sample,

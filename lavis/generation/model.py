@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ class ChatModel:
     @property
     def llm(self) -> PreTrainedModel:
         """The LLM in it."""
-        return self.model.llm_model
+        return cast(PreTrainedModel, self.model.llm_model)
 
     @property
     def sees(self) -> bool:
@@ -107,15 +107,19 @@ class ChatModel:
 
     def pixels(self, picture: Picture) -> torch.Tensor:
         """The picture as the tower takes it, [1, 3, S, S]."""
-        pixels = self.processor(picture.image) if picture.pixels is None else picture.pixels
+        pixels = self._processed(picture) if picture.pixels is None else picture.pixels
         return pixels[None].to(self.device)
+
+    def _processed(self, picture: Picture) -> torch.Tensor:
+        assert picture.image is not None  # it is left out only where its pixels are kept
+        return self.processor(picture.image)
 
     def prepared(self, picture: Picture) -> Picture:
         """The picture with its pixels, so that the engine's thread need not make them."""
         return (
             picture
             if picture.pixels is not None or not self.sees
-            else replace(picture, pixels=self.processor(picture.image))
+            else replace(picture, pixels=self._processed(picture))
         )
 
     def compact(self, picture: Picture) -> Picture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers import (
@@ -44,8 +45,10 @@ class Chooser:
 
     def __call__(self, logits: torch.Tensor) -> int:
         """The token for fp32 logits [V]."""
-        seen = torch.tensor([self.ids], device=logits.device) if self.processors else None
-        scores = self.processors(seen, logits[None])[0] if self.processors else logits
+        scores = logits
+        if self.processors:
+            seen = cast(torch.LongTensor, torch.tensor([self.ids], device=logits.device))
+            scores = self.processors(seen, cast(torch.FloatTensor, logits[None]))[0]
         if self.generator is None:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self.generator))

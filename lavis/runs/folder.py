@@ -81,6 +81,7 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
     run = recipe.run
     output_dir = Path(run.output_dir).absolute()
     where = run.resume_ckpt_path or _deepspeed_style(run.resume_ckpt_load_dir, run.resume_ckpt_tag)
+    checkpoint: Checkpoint | None
     where = where or (run.resume if run.resume not in ("auto", "never") else None)
     if where:
         checkpoint = find_checkpoint(Path(where).absolute())

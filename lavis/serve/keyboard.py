@@ -72,7 +72,7 @@ def completions(line: str, commands: Mapping[str, str], *, paths: bool = False) 
         for known in (known for known in commands if known.startswith(name)):
             yield f":{known}" + " " * (known in PATHS or known in CHOICES), len(line), commands[known]
     elif colon in COLONS and name in CHOICES:
-        word = LAST_WORD.search(argument)[0]
+        word = _last_word(argument)
         setting, equals, value = word.partition("=")
         values = ("true", "false") if equals and setting == "do_sample" else ()
         words = (
@@ -82,7 +82,12 @@ def completions(line: str, commands: Mapping[str, str], *, paths: bool = False) 
         )
         yield from ((w, len(word), "") for w in words)
     elif paths or (colon in COLONS and name in PATHS):
-        yield from _files(LAST_WORD.search(line if paths else argument)[0])
+        yield from _files(_last_word(line if paths else argument))
+
+
+def _last_word(line: str) -> str:
+    match = LAST_WORD.search(line)
+    return match[0] if match else ""
 
 
 def _files(word: str) -> Iterable[tuple[str, int, str]]:

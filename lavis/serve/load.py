@@ -23,7 +23,7 @@ from lavis.export.hf import merge_lora
 from lavis.export.hf_processor import exported_tokenizer
 from lavis.export.trained import open_any_run
 from lavis.generation.model import ChatModel
-from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig
+from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
 from lavis.models.llm import DTYPES, frozen_dtype
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
 from lavis.weights.tensors import load_tensors, read_tensors
@@ -112,7 +112,7 @@ def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, llm_devic
     return _ready(folder.name, model, tokenizer, _exported_processor(folder, config), device)
 
 
-def _exported_processor(folder: Path, config: MiniGPT4QwenConfig) -> EvalImage:
+def _exported_processor(folder: Path, config: VisionConfig) -> EvalImage:
     """As `lavis export hf` wrote it; that of the model's type for a folder of save_pretrained, which has none."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
@@ -133,18 +133,18 @@ def _of_type(
     changes: dict[str, Any],
     options: list[str],
 ) -> ChatModel:
-    adapters = checkpoint is not None and (checkpoint / "adapter_config.json").is_file()
+    adapters = checkpoint if checkpoint and (checkpoint / "adapter_config.json").is_file() else None
     config = load_model_config("minigpt4qwen", model_type, options)
     assert isinstance(config, MiniGPT4QwenConfig)
-    if checkpoint is None and config.finetuned is None:
+    file = config.finetuned if checkpoint is None else str(checkpoint)
+    if file is None:
         raise ChatError(
             f"nothing says how images reach the LLM of {model_type}: name a trained projection with -c, a run with"
             " --run, or try the small model that is included, --model-type shapes."
         )
-    file = config.finetuned if checkpoint is None else str(checkpoint)
     changes = changes | ({"load_finetuned": False} if adapters else {"load_finetuned": True, "finetuned": file})
     if adapters:
-        changes |= _adapter_settings(checkpoint)
+        changes |= _adapter_settings(adapters)
     elif not resolve(file).is_file():
         raise CheckpointError(
             f"there is no checkpoint {resolve(file)}: give a model.pth, a run's folder or an exported folder."
@@ -159,8 +159,8 @@ def _of_type(
     tokenizer = load_tokenizer(config)
     model = MiniGPT4Qwen.from_config(config, tokenizer, device, None if config.llm_quantization else dtype)
     if adapters:
-        tensors = _peft_tensors(checkpoint)
-        load_tensors(model, tensors, file=checkpoint, wanted=lambda name: name in tensors, ignored=lambda name: False)
+        tensors = _peft_tensors(adapters)
+        load_tensors(model, tensors, file=adapters, wanted=lambda name: name in tensors, ignored=lambda name: False)
     return _ready(
         model_type, model, tokenizer, load_preprocess_config("minigpt4qwen", model_type).vis_processor.eval, device
     )

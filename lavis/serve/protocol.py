@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -169,7 +169,12 @@ def _message(message: ChatMessage, pictures: Mapping[str, Picture]) -> Message:
     # texts that follow each other are one, as they are tokenised in training
     groups = itertools.groupby(pieces, key=lambda piece: isinstance(piece, str))
     return Message(
-        role, tuple(piece for is_text, group in groups for piece in (["".join(group)] if is_text else group))
+        role,
+        tuple(
+            piece
+            for is_text, group in groups
+            for piece in (["".join(cast(Iterator[str], group))] if is_text else group)
+        ),
     )
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markdown_it import MarkdownIt
 from PIL import Image
@@ -205,7 +205,7 @@ def _kitty(data: str, columns: int) -> str:
 def _half_blocks(image: Image.Image, columns: int) -> str:
     """A cell is an upper half in the foreground's colour above a lower one in the background's."""
     rows = min(ROWS, max(1, round(columns * image.height / image.width / 2)))
-    pixels = image.resize((columns, 2 * rows), Image.Resampling.BOX).load()
+    pixels: Any = image.resize((columns, 2 * rows), Image.Resampling.BOX).load()
     lines = []
     for y in range(0, 2 * rows, 2):
         pairs = ((pixels[x, y], pixels[x, y + 1]) for x in range(columns))

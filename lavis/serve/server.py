@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx
@@ -251,7 +251,7 @@ class _Exchange:
         self._raise()
         return token
 
-    async def _pieces(self, token: int | None) -> AsyncIterator[str]:
+    async def _pieces(self, token: int | None) -> AsyncGenerator[str, None]:
         """The answer's text, from its first token on."""
         if token is not None:
             self.metrics.first.observe(time.perf_counter() - self.started)

@@ -6,7 +6,7 @@ import base64
 import bisect
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -59,10 +59,10 @@ class Reply:
             self._restore()
             self._begun = True
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         return self._pieces
 
-    def _read(self) -> Iterator[str]:
+    def _read(self) -> Generator[str, None, None]:
         if self._begun:  # stopped before anyone listened
             return
         self._begun = True
@@ -149,7 +149,8 @@ class ChatSession:
         return tuple(self.history), tuple(self.waiting)
 
     def _return_to(self, state: _State) -> None:
-        self.history, self.waiting = map(list, state)
+        history, waiting = state
+        self.history, self.waiting = list(history), list(waiting)
 
     def undo(self) -> Turn:
         """Take back the last question and its answer; its pictures wait for the next.

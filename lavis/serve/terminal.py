@@ -76,8 +76,10 @@ class TerminalChat:
         """Show pictures to the model with the next question, and to the user now."""
         for picture in pictures:
             self.session.attach(picture)
-            self.say("attached", name=picture.name, width=picture.image.width, height=picture.image.height)
-            self.screen.preview(picture.image)
+            image = picture.image
+            assert image is not None  # it has just been read
+            self.say("attached", name=picture.name, width=image.width, height=image.height)
+            self.screen.preview(image)
 
     def _take(self, line: str) -> None:
         if line[:1] in COLONS:
@@ -164,7 +166,8 @@ class TerminalChat:
     def conf(self, values: str) -> None:
         """Show or change settings."""
         if values:
-            self.session.settings = self.session.settings.with_text(values)
+            settings = self.session.settings or self.session.engine.chat.defaults
+            self.session.settings = settings.with_text(values)
         self.screen.note(str(self.session.settings).replace("  ", "\n"), style="")
 
     def reset_conf(self, _: str) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 from starlette.datastructures import MutableHeaders
@@ -308,7 +308,8 @@ class _Page:
         """All words in `lang`."""
         tab.speak(lang)
         said = {
-            part: gr.update(**{name: text(key, tab.lang) for name, key in keys.items()}) for part, keys in self.words
+            part: gr.update(**cast(dict[str, Any], {name: text(key, tab.lang) for name, key in keys.items()}))
+            for part, keys in self.words
         }
         said[self.chat].update(examples=self._examples(tab.lang), value=tab.messages())
         return said | {self.title: self._heading(tab.lang), self.language: tab.lang, self.state: tab}
@@ -316,7 +317,7 @@ class _Page:
     # ---- what happens
 
     def _wire(self) -> None:
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         here = [self.chat, self.kept, self.box, *self.buttons.values()]
         everything = [*(part for part, _ in self.words), self.title, self.language, self.state]
         answering = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from jinja2.exceptions import TemplateError
 
@@ -59,7 +59,7 @@ def render_layout(
         )
     except TemplateError as error:
         raise DataError(f"the chat template refuses the roles {', '.join(roles)}: {error}.") from None
-    pieces = re.split(r"(\v?)⟪(\d+)⟫(\v?)", text)
+    pieces = re.split(r"(\v?)⟪(\d+)⟫(\v?)", cast(str, text))
     if pieces[2::4] != [str(i) for i in range(len(roles))]:
         raise DataError(f"the chat template does not show the messages {', '.join(roles)} once each and in order.")
     trims = tuple((left == "", right == "") for left, right in zip(pieces[1::4], pieces[3::4], strict=True))

@@ -34,7 +34,7 @@ def qwen1_tokenizer(folder: Path) -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=merges,
-        unk_token=None,
+        unk_token=None,  # type: ignore[arg-type]  # bytes spell everything: none is needed
         eos_token=END,
         pad_token=PAD,
         chat_template=CHAT_TEMPLATE,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from lavis.core.errors import DataError
 from lavis.core.types import IGNORE_INDEX, Conversation, ImageRef, Message, RowError, Sample
@@ -36,10 +36,13 @@ _MOST_FRAMES = 256
 """Sequences of roles that are remembered; who chats may invent them."""
 
 
+_Sort = Literal["markup", "text", "image"]
+
+
 class _Segment(NamedTuple):
     """Consecutive tokens of one sort. The system message counts as markup, as a prompt is never shortened there."""
 
-    sort: Literal["markup", "text", "image"]
+    sort: _Sort
     ids: Ids
     labels: Ids
 
@@ -193,11 +196,10 @@ class ChatTemplate:
         for i, parts in enumerate(dialogue.contents):
             segments.append(_Segment("markup", frame.ids[i], frame.labels[i]))
             for part in parts:
-                is_text = isinstance(part, str)
-                ids = tuple(encoded[part]) if is_text else (self.image_token_id,) * self.num_query_token
+                ids = tuple(encoded[part]) if isinstance(part, str) else (self.image_token_id,) * self.num_query_token
                 labels = ids if frame.roles[i] == "assistant" else (IGNORE_INDEX,) * len(ids)
-                sort = "markup" if frame.roles[i] == "system" else "text" if is_text else "image"
-                segments.append(_Segment(sort, ids, labels))
+                sort: _Sort = "text" if isinstance(part, str) else "image"
+                segments.append(_Segment("markup" if frame.roles[i] == "system" else sort, ids, labels))
         return [*segments, _Segment("markup", frame.ids[-1], frame.labels[-1])]
 
     def _truncated(self, segments: Sequence[_Segment], conversation: Conversation) -> Sample:
@@ -248,7 +250,7 @@ class ChatTemplate:
             learned = [role_before == "assistant" and i == 0 for i in range(len(ids))]
         else:
             learned = [token in self._special or (i == 0 and role_before != "") for i, token in enumerate(ids)]
-            if role_before and len(ids) > 1 and not self.tokenizer.decode([ids[1]]).strip("\n"):
+            if role_before and len(ids) > 1 and not cast(str, self.tokenizer.decode([ids[1]])).strip("\n"):
                 learned[1] = True
         return tuple(token if learn else IGNORE_INDEX for token, learn in zip(ids, learned, strict=True))
 

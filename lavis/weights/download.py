@@ -79,12 +79,17 @@ def _fetch_whole(url: str, part: Path, note: Path, show: Show) -> str | None:
     for attempt in range(ATTEMPTS):
         time.sleep(PAUSE if attempt else 0)
         with _request(url, part, note) as reply:
-            start, total, version = _start(reply), None, reply.headers["ETag"] or reply.headers["Last-Modified"]
+            total: int | None = None
+            start, version = _start(reply), reply.headers["ETag"] or reply.headers["Last-Modified"]
             if reply.headers["Content-Length"]:
                 total = start + int(reply.headers["Content-Length"])
                 check_space(total - start, part.parent, url)
             note.write_text(version or "", encoding="utf-8")
-            ended = _copy(reply, part, start, lambda done, total=total: show(done, total))
+
+            def tell(done: int, total: int | None = total) -> None:
+                show(done, total)
+
+            ended = _copy(reply, part, start, tell)
         if ended and total in (None, part.stat().st_size):
             return reply.headers["ETag"]
     raise DownloadError(

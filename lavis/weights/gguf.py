@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 from lavis.core.errors import CheckpointError
 from lavis.core.paths import resolve
@@ -45,7 +46,7 @@ def _assemble(file: Path) -> None:
         ) from error
 
 
-def _require(package: str, file: Path) -> object:
+def _require(package: str, file: Path) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:

