@@ -1,5 +1,7 @@
 # make install   .venv with everything that training, chat and the tests need
 # make demo      train one linear layer of the shapes world on this machine and ask the result
+# make lint      ruff: findings and format
+# make types     mypy
 # make test      the tests
 # make test-slow those that take long and differ from others in little
 # make shapes    rebuild the small models shipped with the package
@@ -7,12 +9,12 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow shapes
+.PHONY: install demo lint types test test-slow shapes
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 $(VENV)/bin/python:
@@ -20,6 +22,13 @@ $(VENV)/bin/python:
 
 demo: install
 	$(VENV)/bin/lavis demo
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: install
+	$(VENV)/bin/mypy
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -q -m slow
