@@ -1,0 +1,87 @@
+"""The shape of the package: which way imports go, where architectures may be named, how long things get."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "lavis"
+ORDER = (
+    *("core", "config", "weights", "tokens", "data", "models", "generation", "objectives", "eval", "parallel"),
+    *("runs", "train", "export", "serve", "cli"),
+)
+"""Packages from low to high: each imports from those before it alone."""
+MODULES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts)
+
+
+def package_of(path: Path) -> str:
+    """The package a module is in; empty for those at the top, which may import everything."""
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything from this program that a module imports, in functions and for types too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.startswith("lavis."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lavis":
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def test_imports_go_downward():
+    upward = []
+    for path in MODULES:
+        own = package_of(path)
+        for line, name in imported(path):
+            other = name.split(".")[1]
+            if own in ORDER and other in ORDER and ORDER.index(other) > ORDER.index(own):
+                upward.append(f"{path.relative_to(ROOT.parent)}:{line} imports {name}")
+    assert not upward, "\n".join(upward)
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    names = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in MODULES}
+    edges: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = {n if n in names else n.rpartition(".")[0] for _, n in imported(path)}
+        edges[name] = {n for n in found & names.keys() if n != name and not name.startswith(f"{n}.")}
+    assert not (circles := list(_circles(edges))), circles
+
+
+def _circles(edges: dict[str, set[str]]) -> Iterator[list[str]]:
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> Iterator[list[str]]:
+        if name in path:
+            yield [*path[path.index(name) :], name]
+        elif name not in done:
+            for other in sorted(edges[name]):
+                yield from visit(other, [*path, name])
+            done.add(name)
+
+    for name in sorted(edges):
+        yield from visit(name, [])
+
+
+def test_modules_and_functions_are_short():
+    lengths, functions = {}, []
+    for path in MODULES:
+        source = path.read_text(encoding="utf-8")
+        lengths[str(path.relative_to(ROOT.parent))] = source.count("\n")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                functions.append((node.end_lineno or node.lineno) - node.lineno + 1)
+    assert not (long := {name: n for name, n in lengths.items() if n > 400}), long
+    assert statistics.median(functions) <= 10 and max(functions) <= 60
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT.parent)))
+def test_lines_fit_into_120_columns(path):
+    wide = [i for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if len(line) > 120]
+    assert not wide, wide
