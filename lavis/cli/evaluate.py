@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lavis.cli.train import add_recipe_arguments
+from lavis.cli.train import add_recipe_arguments, named_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     from lavis.core.logging import setup_logging
 
     setup_logging()
-    recipe = load_recipe(args.cfg_path, [*args.options, "run.evaluate=true"])
+    recipe = load_recipe(named_recipe(args), [*args.options, "run.evaluate=true"])
 
     from lavis.train import train_recipe
 
