@@ -7,47 +7,46 @@ Nothing here imports torch: a wrong recipe is told in a fraction of a second.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
+from lavis.config.compat import leaves
 from lavis.config.deepspeed import DEEPSPEED_RUNNERS, shared_values
 from lavis.config.files import missing_files
+from lavis.config.layers import (
+    SCHEMA,
+    Layer,
+    label,
+    mention_renamed,
+    merged,
+    options_layer,
+    origin,
+    place,
+    read_layer,
+    resolved,
+    translated,
+    where,
+)
 from lavis.config.rules import RULES
 from lavis.config.schema import DatasetConfig, ModelConfig, PreprocessConfig, RunConfig
-from lavis.config.typed import Problem, iter_fields, join, read_dataclass
+from lavis.config.typed import Problem, choices, defaults, iter_fields, join, read_dataclass
 from lavis.core.errors import ConfigError, RegistryError, did_you_mean
 from lavis.core.logging import warn_once
-from lavis.core.paths import CONFIGS_ROOT, PACKAGE_ROOT, PROJECTS_ROOT
+from lavis.core.paths import CONFIGS_ROOT, PROJECTS_ROOT
 from lavis.core.registries import DATASETS
 from lavis.models.configs import MODEL_CONFIGS
 
 __all__ = ["Recipe", "find_recipe", "load_dataset_config", "load_model_config", "load_preprocess_config", "load_recipe"]
 __all__ += ["missing_files", "model_types", "recipe_from_dict", "shipped_recipes", "validate"]
 
-SCHEMA, OPTIONS = "schema", "--options"
 SECTIONS = ("model", "datasets", "run")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One source of values. `label` names it in messages and origins; `path` is None for the schema and the options."""
-
-    label: str
-    values: DictConfig
-    path: Path | None = None
-
-    @functools.cached_property
-    def plain(self) -> dict[str, Any]:
-        """The values as dicts and lists, interpolations not filled in."""
-        return OmegaConf.to_container(self.values)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Recipe:
 
     def flat(self) -> dict[str, Any]:
         """Dotted key to value; lists and empty mappings count as values."""
-        return dict(_leaves(self.to_dict()))
+        return dict(leaves(self.to_dict()))
 
 
 def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
@@ -83,8 +82,9 @@ def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
     Raises ConfigError listing every unknown key and wrong value, or else every impossible combination, with the mend.
     """
     file = find_recipe(path)
-    user = [_read_layer(file), _options_layer(options)]
+    user = [read_layer(file), options_layer(options)]
     _check_sections(user[0])
+    mention_renamed(translated(user)[0])
     recipe = _build([*_default_layers(user), *user], file)
     _warn_unused(recipe)
     recipe = with_deepspeed_section(recipe)
@@ -101,14 +101,14 @@ def with_deepspeed_section(recipe: Recipe) -> Recipe:
         return recipe
     adopted: dict[str, Any] = {}
     for key, name, value in shared_values(recipe.run.deepspeed_config):
-        own, origin = getattr(recipe.run, key), recipe.origins[f"run.{key}"]
+        own, source = getattr(recipe.run, key), recipe.origins[f"run.{key}"]
         if own == value:
             continue
-        if origin == SCHEMA:
+        if source == SCHEMA:
             adopted[key] = value
             recipe.origins[f"run.{key}"] = f"{label(recipe.source)}: run.deepspeed_config.{name}"
         else:
-            warn_once(f"run.{key} is {own} ({origin}) but run.deepspeed_config.{name} says {value}: {own} is used.")
+            warn_once(f"run.{key} is {own} ({source}) but run.deepspeed_config.{name} says {value}: {own} is used.")
     return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, **adopted))
 
 
@@ -124,14 +124,13 @@ def recipe_from_dict(values: Mapping[str, Any], source: Path = Path("saved confi
 
     Raises ConfigError if the values do not fit the schema; combinations are not checked again.
     """
-    layer = Layer(str(source), OmegaConf.create(dict(values)))
-    return _build([_schema_layer(_arch([layer])[0], list(layer.values.get("datasets") or {})), layer], source)
+    return _build([Layer(str(source), OmegaConf.create(dict(values)))], source)
 
 
 def load_model_config(arch: str, model_type: str = "default", options: Sequence[str] = ()) -> ModelConfig:
     """The model section that `arch` and `model_type` mean by themselves; `options` are `key=value` within it."""
     chosen = Layer(SCHEMA, OmegaConf.create({"model": {"arch": arch, "model_type": model_type}}))
-    layers = [chosen, _options_layer([f"model.{o}" for o in options])]
+    layers = [chosen, options_layer([f"model.{o}" for o in options])]
     return _build([*_default_layers(layers), *layers], Path(arch)).model
 
 
@@ -140,10 +139,10 @@ def load_preprocess_config(arch: str, model_type: str = "default") -> Preprocess
     path = _model_yaml(arch, model_type)
     if path is None:
         return PreprocessConfig()
-    layer, problems = _read_layer(path), list[Problem]()
-    config = read_dataclass(PreprocessConfig, _resolved([layer], path).get("preprocess"), "preprocess", problems)
+    layers, problems = translated([read_layer(path)])
+    config = read_dataclass(PreprocessConfig, resolved(layers, path).get("preprocess"), "preprocess", problems)
     if problems:
-        raise ConfigError(_report(problems, [layer], layer.label))
+        raise ConfigError(_report(problems, layers, layers[0].label))
     return config
 
 
@@ -151,7 +150,7 @@ def load_dataset_config(builder: str, path: str | Path | None = None) -> Dataset
     """The section `datasets.<builder>` of its default YAML, overridden by the file at `path` if one is given."""
     user = [Layer(SCHEMA, OmegaConf.create({"datasets": {builder: {}}}))]
     if path is not None:
-        user.append(_read_layer(Path(path)))
+        user.append(read_layer(Path(path)))
     return _build([*_default_layers(user), *user], Path(path or builder)).datasets[builder]
 
 
@@ -182,33 +181,6 @@ def find_recipe(path: str | Path) -> Path:
     raise ConfigError(f"no recipe {str(path)!r}, neither a file nor shipped.{hint} See `lavis configs list`.")
 
 
-def _read_layer(path: Path) -> Layer:
-    try:
-        values = OmegaConf.load(path)
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        raise ConfigError(f"{label(path)}:{mark.line + 1}: not valid YAML: {e.problem or e.context}.") from e
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as e:
-        raise ConfigError(f"{label(path)}: can't be read as YAML: {e}") from e
-    if not isinstance(values, DictConfig):
-        raise ConfigError(f"{label(path)}: a recipe is a mapping with the sections {', '.join(SECTIONS)}.")
-    return Layer(label(path), values, path)
-
-
-def _options_layer(options: Sequence[str]) -> Layer:
-    values = OmegaConf.create()
-    for option in options:
-        key, equals, _ = option.partition("=")
-        if not equals or not all(part.strip() for part in key.split(".")):
-            raise ConfigError(f"option {option!r} is not of the form key.sub=value.")
-        try:
-            values.merge_with_dotlist([option])
-        except (yaml.YAMLError, OmegaConfBaseException, TypeError) as e:
-            reason = str(e).splitlines()[0]
-            raise ConfigError(f"option {option!r} can't be read: {reason}. Quote what is not plain YAML.") from e
-    return Layer(OPTIONS, values)
-
-
 def _check_sections(layer: Layer) -> None:
     missing = [s for s in ("model", "datasets") if not layer.values.get(s)]
     if missing:
@@ -217,34 +189,34 @@ def _check_sections(layer: Layer) -> None:
 
 def _arch(layers: Sequence[Layer]) -> tuple[str, str]:
     """(arch, model_type) as the layers set them, or the schema's. Raises ConfigError for an unknown arch."""
-    model = OmegaConf.merge(*(layer.values for layer in layers)).get("model") or {}
+    model = merged(layers).get("model") or {}
     if not isinstance(model, Mapping):
         raise ConfigError(f"model: {model!r} is not a mapping ({layers[0].label}).")
     arch, model_type = (str(model.get(k, getattr(ModelConfig, k))) for k in ("arch", "model_type"))
     try:
         MODEL_CONFIGS.get(arch)
     except RegistryError as e:
-        raise ConfigError(f"model.arch ({_where('model.arch', layers)}): {e}") from e
+        raise ConfigError(f"model.arch ({where('model.arch', layers)}): {e}") from e
     return arch, model_type
 
 
 def _default_layers(user: Sequence[Layer]) -> list[Layer]:
-    """The layers below the user's: schema, the model's YAML, the datasets' YAML."""
-    arch, model_type = _arch(user)
-    merged = OmegaConf.merge(*(layer.values for layer in user))
-    datasets = merged.get("datasets") or {}
+    """The YAML files below the user's layers: the model's, the datasets'. As they are written, as `user` is."""
+    today = translated(user)[0]
+    arch, model_type = _arch(today)
+    path = _model_yaml(arch, model_type, where("model.model_type", today))
+    datasets = [p for name in _dataset_names(today) if (p := CONFIGS_ROOT / "datasets" / f"{name}.yaml").exists()]
+    return [read_layer(p) for p in ([path] if path else []) + datasets]
+
+
+def _dataset_names(layers: Sequence[Layer]) -> list[str]:
+    datasets = merged(layers).get("datasets") or {}
     if not isinstance(datasets, Mapping):
-        raise ConfigError(f"datasets: {datasets!r} is not a mapping of dataset names ({_where('datasets', user)}).")
-    names = list(map(str, datasets))
-    path = _model_yaml(arch, model_type, _where("model.model_type", user))
-    files = ([path] if path else []) + [p for n in names if (p := CONFIGS_ROOT / "datasets" / f"{n}.yaml").exists()]
-    layers = [_read_layer(p) for p in files]
-    for layer in layers:
-        layer.values.pop("preprocess", None)
-    return [_schema_layer(arch, names), *layers]
+        raise ConfigError(f"datasets: {datasets!r} is not a mapping of dataset names ({where('datasets', layers)}).")
+    return list(map(str, datasets))
 
 
-def _model_yaml(arch: str, model_type: str, where: str = "") -> Path | None:
+def _model_yaml(arch: str, model_type: str, written: str = "") -> Path | None:
     """The default YAML of a model type; None for the type `default` of an arch that has none."""
     path = CONFIGS_ROOT / "models" / arch / f"{model_type}.yaml"
     if path.exists():
@@ -252,26 +224,30 @@ def _model_yaml(arch: str, model_type: str, where: str = "") -> Path | None:
     if model_type == ModelConfig.model_type:
         return None
     known = model_types(arch)
-    place, hint = f" ({where})" if where else "", did_you_mean(model_type, known)
-    raise ConfigError(f"model.model_type{place}: {arch} has no type {model_type!r}.{hint} Known: {', '.join(known)}.")
+    at, hint = f" ({written})" if written else "", did_you_mean(model_type, known)
+    raise ConfigError(f"model.model_type{at}: {arch} has no type {model_type!r}.{hint} Known: {', '.join(known)}.")
 
 
-def _schema_layer(arch: str, datasets: Sequence[str]) -> Layer:
+def _schema_layer(layers: Sequence[Layer]) -> Layer:
+    """The defaults of every key that a recipe of these layers can have."""
+    arch, model = _arch(layers)[0], merged(layers).get("model") or {}
     values = {
-        "model": dataclasses.asdict(MODEL_CONFIGS.get(arch)(arch=arch)),
-        "datasets": {name: dataclasses.asdict(DatasetConfig()) for name in datasets},
-        "run": dataclasses.asdict(RunConfig()),
+        "model": {**defaults(MODEL_CONFIGS.get(arch), model), "arch": arch},
+        "datasets": {name: defaults(DatasetConfig, {}) for name in _dataset_names(layers)},
+        "run": defaults(RunConfig, {}),
     }
     return Layer(SCHEMA, OmegaConf.create(values))
 
 
-def _build(layers: Sequence[Layer], source: Path) -> Recipe:
-    """Merge, resolve interpolations, check against the schema."""
-    layers = [layers[0], *(_without_empty_sections(layer, layers[0]) for layer in layers[1:])]
-    values = _resolved(layers, source)
-    problems = [Problem(str(k), "unknown section", SECTIONS) for k in values if k not in SECTIONS]
-    arch = values["model"]["arch"]
-    model = read_dataclass(MODEL_CONFIGS.get(arch), values["model"], "model", problems)
+def _build(written: Sequence[Layer], source: Path) -> Recipe:
+    """Translate, merge, resolve interpolations, check against the schema."""
+    layers, problems = translated(written)
+    for layer in layers:
+        layer.values.pop("preprocess", None)
+    layers = _with_defaults(layers)
+    values = resolved(layers, source)
+    problems += [Problem(str(k), "unknown section", SECTIONS) for k in values if k not in SECTIONS]
+    model = read_dataclass(MODEL_CONFIGS.get(values["model"]["arch"]), values["model"], "model", problems)
     datasets = {}
     for name, section in (values["datasets"] or {}).items():
         datasets[str(name)] = read_dataclass(DatasetConfig, section, join("datasets", name), problems)
@@ -281,33 +257,62 @@ def _build(layers: Sequence[Layer], source: Path) -> Recipe:
     if problems:
         raise ConfigError(_report(problems, layers, label(source)))
     recipe = Recipe(model, datasets, run, source, {})
-    recipe.origins.update({key: _origin(key, layers).label for key in recipe.flat()})
+    recipe.origins.update({key: origin(key, layers).label for key in recipe.flat()})
     return recipe
 
 
-def _without_empty_sections(layer: Layer, schema: Layer) -> Layer:
-    """The layer less its sections that are null (`vis_processor:` with nothing below): they would hide the defaults."""
+def _with_defaults(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers above the schema's, less what they say about parts that another one above them takes the place of."""
+    chosen = dict(choices(MODEL_CONFIGS.get(_arch(layers)[0]), "model"))
+    for key, name in chosen.items():
+        layers = _without_replaced(layers, key, name)
+    schema = _schema_layer(layers)
+    return [schema, *(_without_empty_sections(layer, schema, chosen) for layer in layers)]
 
-    def strip(values: Mapping[Any, Any], below: Mapping[str, Any]) -> dict[Any, Any]:
+
+def _without_replaced(layers: Sequence[Layer], key: str, default: str) -> list[Layer]:
+    """The layers, where one that names another part in the section `key` hides the sections of all below it."""
+    result, current = list(layers), default
+    for i, layer in enumerate(layers):
+        name = OmegaConf.select(layer.values, f"{key}.name", throw_on_resolution_failure=False)
+        if name is not None and name != current:
+            result[:i] = [_without(below, key) for below in result[:i]]
+            current = name
+    return result
+
+
+def _without(layer: Layer, key: str) -> Layer:
+    section, _, name = key.rpartition(".")
+    plain = copy.deepcopy(layer.plain)
+    plain.get(section, {}).pop(name, None)
+    return dataclasses.replace(layer, values=OmegaConf.create(plain))
+
+
+def _without_empty_sections(layer: Layer, schema: Layer, kept: Collection[str]) -> Layer:
+    """The layer less its sections that are null (`vis_processor:` with nothing below): they would hide the defaults.
+
+    In the sections `kept`, null means that there is no such part.
+    """
+
+    def strip(values: Mapping[Any, Any], below: Mapping[str, Any], key: str) -> dict[Any, Any]:
         sections = {name for name, value in below.items() if isinstance(value, Mapping) and value}
-        kept = {name: value for name, value in values.items() if value is not None or name not in sections}
-        inner = {n: strip(v, below[n]) for n, v in kept.items() if n in sections and isinstance(v, Mapping)}
-        return kept | inner
+        result = {n: v for n, v in values.items() if v is not None or n not in sections or join(key, n) in kept}
+        inner = {
+            n: strip(v, below[n], join(key, n)) for n, v in result.items() if n in sections and isinstance(v, Mapping)
+        }
+        return result | inner
 
-    return dataclasses.replace(layer, values=OmegaConf.create(strip(layer.plain, schema.plain)))
-
-
-def _resolved(layers: Sequence[Layer], source: Path) -> dict[str, Any]:
-    """The merged layers as plain values, interpolations filled in."""
-    try:
-        merged = OmegaConf.merge(*(layer.values for layer in layers))
-        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as e:
-        raise ConfigError(f"{label(source)}: {e.full_key or 'a value'}: {str(e).splitlines()[0]}.") from e
+    return dataclasses.replace(layer, values=OmegaConf.create(strip(layer.plain, schema.plain, "")))
 
 
 def _report(problems: Sequence[Problem], layers: Sequence[Layer], source: str) -> str:
-    return _listed([f"{p.key} ({_where(p.key, layers)}): {p.message}.{_nearest(p, layers)}" for p in problems], source)
+    return _listed([_described(problem, layers) for problem in problems], source)
+
+
+def _described(problem: Problem, layers: Sequence[Layer]) -> str:
+    key, at = place(problem.key, layers)
+    renamed = f" ({key} is called {problem.key} now.)" if key != problem.key else ""
+    return f"{key} ({at}): {problem.message}.{_nearest(problem, layers)}{renamed}"
 
 
 def _listed(messages: Sequence[str], source: str) -> str:
@@ -321,7 +326,7 @@ def _nearest(problem: Problem, layers: Sequence[Layer]) -> str:
     if problem.siblings is None:
         return ""
     name = problem.key.rsplit(".", 1)[-1]
-    elsewhere = [key for key, _ in _leaves(layers[0].plain)]
+    elsewhere = [key for key, _ in leaves(layers[0].plain)]
     same = [key for key in elsewhere if key.rsplit(".", 1)[-1] == name]
     if same and name not in problem.siblings:
         return f" It belongs elsewhere: {' or '.join(same[:3])}."
@@ -332,51 +337,8 @@ def _nearest(problem: Problem, layers: Sequence[Layer]) -> str:
     return did_you_mean(name, by_name) or f" Known here: {', '.join(problem.siblings)}."
 
 
-def _origin(key: str, layers: Sequence[Layer]) -> Layer:
-    """The last layer that sets `key`, or sets a section around it to a plain value such as null."""
-    for layer in reversed(layers[1:]):
-        node: Any = layer.plain
-        for part in key.split("."):
-            if not isinstance(node, Mapping):
-                return layer
-            if part not in node:
-                break
-            node = node[part]
-        else:
-            return layer
-    return layers[0]
-
-
-def _where(key: str, layers: Sequence[Layer]) -> str:
-    """Label of the layer that sets `key`, with the line if it is a file."""
-    layer = _origin(key, [Layer(SCHEMA, OmegaConf.create()), *layers])
-    if layer.path is None:
-        return layer.label
-    node, line = yaml.compose(layer.path.read_text(encoding="utf-8")), 0
-    for part in key.split("."):
-        pairs = {k.value: (k, v) for k, v in node.value} if isinstance(node, yaml.MappingNode) else {}
-        if part not in pairs:
-            break
-        line, node = pairs[part][0].start_mark.line + 1, pairs[part][1]
-    return f"{layer.label}:{line}"
-
-
 def _warn_unused(recipe: Recipe) -> None:
     for key, field, value in [*iter_fields(recipe.run, "run"), *iter_fields(recipe.model, "model")]:
         why = field.metadata["unused"]
         if why and value is not None and recipe.origins[key] != SCHEMA:
             warn_once(f"{key} ({recipe.origins[key]}) has no effect any more: {why}.")
-
-
-def label(path: Path) -> str:
-    """A path as messages show it: files of the package as lavis/..., others as given."""
-    absolute = path.absolute()
-    return absolute.relative_to(PACKAGE_ROOT.parent).as_posix() if absolute.is_relative_to(PACKAGE_ROOT) else str(path)
-
-
-def _leaves(values: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, join(key, name))
-        else:
-            yield join(key, name), value

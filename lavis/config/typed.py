@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lavis.core import registries
-from lavis.core.errors import did_you_mean
+from lavis.core.errors import RegistryError, did_you_mean
 from lavis.core.registry import Registry
 
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -57,6 +58,41 @@ def field_types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def chosen(cls: type, values: Mapping[str, Any]) -> type:
+    """The dataclass of a section with these values: that of the part which its `name` names, if `cls` has a `choose`.
+
+    `choose(values)` is a class method that returns a subclass, or raises RegistryError for an unknown name.
+    """
+    return cls.choose(values) if hasattr(cls, "choose") else cls
+
+
+def choices(cls: type, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, name if none is given) of the sections in the dataclass `cls` that name a part."""
+    for name, hint in field_types(cls).items():
+        section = section_type(hint)
+        if section is not None and hasattr(section, "choose"):
+            yield join(key, name), chosen(section, {})().name
+
+
+def defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a section as plain values. Which keys it has can depend on the parts that `values` name."""
+    with contextlib.suppress(RegistryError):  # `read_dataclass` reports it
+        cls = chosen(cls, values)
+    result = dataclasses.asdict(cls())
+    for name, hint in field_types(cls).items():
+        section, inner = section_type(hint), values.get(name)
+        if section is not None and isinstance(inner, Mapping):
+            result[name] = defaults(section, inner)
+    return result
+
+
+def section_type(hint: Any) -> type | None:
+    """The dataclass in `hint`, also if it may be null; None for other types."""
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    inner = args[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
+    return inner if dataclasses.is_dataclass(inner) else None
+
+
 def read_dataclass(cls: type, value: Any, key: str, problems: list[Problem]) -> Any:
     """An instance of `cls` from a mapping (null: all defaults); appends to `problems` what does not fit at `key`."""
     if value is None:
@@ -64,10 +100,13 @@ def read_dataclass(cls: type, value: Any, key: str, problems: list[Problem]) -> 
     if not isinstance(value, Mapping):
         problems.append(Problem(key, f"{value!r} is not a mapping"))
         return cls()
+    try:
+        cls = chosen(cls, value)
+    except RegistryError as error:
+        problems.append(Problem(join(key, "name"), str(error).rstrip(".")))
+        return cls()
     hints = field_types(cls)
-    for name in value:
-        if name not in hints:
-            problems.append(Problem(join(key, name), "unknown key", tuple(hints)))
+    problems += [Problem(join(key, name), "unknown key", tuple(hints)) for name in value if name not in hints]
     given = [f for f in dataclasses.fields(cls) if f.name in value]
     return cls(**{f.name: _read_field(f, hints[f.name], value[f.name], join(key, f.name), problems) for f in given})
 

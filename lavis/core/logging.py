@@ -43,3 +43,10 @@ def warn_once(message: str) -> None:
     """Log a warning the first time `message` is given; on rank 0 only, since all ranks read the same recipe."""
     if process_rank() == 0:
         logging.getLogger(LOGGER_NAME).warning(message)
+
+
+@functools.cache
+def info_once(message: str) -> None:
+    """As `warn_once`, for what needs no action."""
+    if process_rank() == 0:
+        logging.getLogger(LOGGER_NAME).info(message)

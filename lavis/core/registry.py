@@ -8,6 +8,16 @@ use.
 
     MODELS.get("minigpt4qwen")   # imports the module, whose decorator registers the class
     MODELS.list("minigpt4*")     # imports nothing
+
+A name can have a dataclass of settings beside it, which is known before the heavy module is imported:
+
+    TOWERS = Registry("vision tower", lazy={"clip": "lavis.models.towers.clip"},
+                      configs={"clip": "lavis.models.part_configs:ClipConfig"})
+
+    @TOWERS.register("my_conv", config=MyConvConfig)
+    class MyConv(Tower): ...
+
+    TOWERS.config("clip")        # imports lavis.models.part_configs alone
 """
 
 from __future__ import annotations
@@ -23,15 +33,25 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names of one kind of thing (`kind` is used in messages). `lazy` maps a name to the module that registers it."""
+    """Names of one kind of thing (`kind` is used in messages).
 
-    def __init__(self, kind: str, lazy: Mapping[str, str] | None = None) -> None:
+    `lazy` maps a name to the module that registers it, `configs` to `module:Dataclass` of its settings.
+    """
+
+    def __init__(
+        self, kind: str, lazy: Mapping[str, str] | None = None, configs: Mapping[str, str] | None = None
+    ) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
         self._lazy: dict[str, str] = dict(lazy or {})
+        self._lazy_configs: dict[str, str] = dict(configs or {})
+        self._configs: dict[str, type] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that registers what it decorates as `name`. Raises RegistryError if another object has the name."""
+    def register(self, name: str, config: type | None = None) -> Callable[[T], T]:
+        """Decorator that registers what it decorates as `name`, with the dataclass of its settings.
+
+        Raises RegistryError if another object has the name.
+        """
 
         def decorate(entry: T) -> T:
             module = getattr(entry, "__module__", None)
@@ -41,6 +61,8 @@ class Registry(Generic[T]):
                 owner = getattr(taken, "__module__", None) or declared
                 raise RegistryError(f"{self.kind} {name!r} is registered already (by {owner}): choose another name.")
             self._entries[name] = entry
+            if config is not None:
+                self._configs[name] = config
             return entry
 
         return decorate
@@ -53,10 +75,27 @@ class Registry(Generic[T]):
         if name not in self._entries and name in self._lazy:
             importlib.import_module(self._lazy[name])
         if name not in self._entries:
-            known = self.list()
-            hint = did_you_mean(name, known)
-            raise RegistryError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
+            raise self._unknown(name)
         return self._entries[name]
+
+    def config(self, name: str) -> type:
+        """The dataclass of settings of `name`, without importing its module if `configs` says where it is.
+
+        Raises RegistryError for an unknown name, and for one that has none.
+        """
+        if name not in self:
+            raise self._unknown(name)
+        if name not in self._configs and name in self._lazy_configs:
+            module, _, attribute = self._lazy_configs[name].partition(":")
+            self._configs[name] = getattr(importlib.import_module(module), attribute)
+        if name not in self._configs:
+            raise RegistryError(f"{self.kind} {name!r} was registered without a dataclass of settings (config=...).")
+        return self._configs[name]
+
+    def _unknown(self, name: str) -> RegistryError:
+        known = self.list()
+        hint = did_you_mean(name, known)
+        return RegistryError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
 
     def list(self, pattern: str = "*") -> list[str]:
         """Sorted names that match the shell `pattern`; nothing is imported."""

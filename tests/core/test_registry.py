@@ -25,3 +25,15 @@ def test_a_miss_suggests_the_nearest_names() -> None:
     registry.register("minigpt4qwen")(int)
     with pytest.raises(RegistryError, match="unknown thing 'minigpt4qwn'. Did you mean 'minigpt4qwen'"):
         registry.get("minigpt4qwn")
+
+
+def test_a_name_has_a_dataclass_of_settings_beside_it() -> None:
+    registry: Registry[object] = Registry(
+        "thing", lazy={"a": "no.such.module", "b": "no.such.module"}, configs={"a": "fractions:Fraction"}
+    )
+    registry.register("mine", config=dict)(int)
+    assert (registry.config("a").__name__, registry.config("mine")) == ("Fraction", dict)
+    with pytest.raises(RegistryError, match="unknown thing 'mime'. Did you mean 'mine'"):
+        registry.config("mime")
+    with pytest.raises(RegistryError, match="thing 'b' was registered without"):
+        registry.config("b")

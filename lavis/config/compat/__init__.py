@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from lavis.config.compat import data, model, run
@@ -22,31 +23,47 @@ RENAMES: dict[str, str] = {old: new for module in _MODULES for old, new in modul
 Plain = dict[str, Any]
 
 
+class Wrong(NamedTuple):
+    """What a rule yields instead of a result where the value at the old `key` means nothing."""
+
+    key: str
+    message: str
+
+
 class Translated(NamedTuple):
     """What became of older spellings: the layers' values in today's, and (old key, new key) of each that was found."""
 
     layers: list[Plain]
     found: list[tuple[str, str]]
+    wrong: list[Wrong]
 
 
 def translate(layers: Sequence[Mapping[str, Any]]) -> Translated:
     """The plain values of a recipe's layers, lowest first, without older spellings. The arguments are not changed."""
     new = [copy.deepcopy(dict(layer)) for layer in layers]
-    found: list[tuple[str, str]] = []
+    result = Translated(new, [], [])
     for module in _MODULES:
-        merged = _merged(new)
-        for key, value, sources in module.rules(merged):
-            index = max(i for i, layer in enumerate(new) for source in sources if _has(layer, source))
-            _put(new[index], key, value)
-            found += [(source, key) for source in sources if _has(merged, source)]
+        _apply_rules(module, result)
         for layer in new:
             for old in module.CONSUMED:
                 _take(layer, old)
             for old, target in module.RENAMES.items():
-                if _has(layer, old):
+                if holds(layer, old):
                     _put(layer, target, _take(layer, old))
-                    found.append((old, target))
-    return Translated([_with_references(layer) for layer in new], list(dict.fromkeys(found)))
+                    result.found.append((old, target))
+    return Translated([_with_references(layer) for layer in new], list(dict.fromkeys(result.found)), result.wrong)
+
+
+def _apply_rules(module: ModuleType, result: Translated) -> None:
+    merged = _merged(result.layers)
+    for outcome in module.rules(merged):
+        if isinstance(outcome, Wrong):
+            result.wrong.append(outcome)
+            continue
+        key, value, sources = outcome
+        top = max(i for i, layer in enumerate(result.layers) for source in sources if holds(layer, source))
+        _put(result.layers[top], key, value)
+        result.found.extend((source, key) for source in sources if holds(merged, source))
 
 
 def _merged(layers: Sequence[Plain]) -> Plain:
@@ -60,11 +77,12 @@ def _merge(below: Plain, above: Mapping[str, Any]) -> None:
     for name, value in above.items():
         if isinstance(value, Mapping) and isinstance(below.get(name), dict):
             _merge(below[name], value)
-        else:
+        elif value is not None or not isinstance(below.get(name), dict):  # a section without contents says nothing
             below[name] = copy.deepcopy(value)
 
 
-def _has(values: Mapping[str, Any], key: str) -> bool:
+def holds(values: Mapping[str, Any], key: str) -> bool:
+    """Whether `values` has the dotted `key`."""
     node: Any = values
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
@@ -106,7 +124,18 @@ def _with_references(value: Any) -> Any:
         return [_with_references(inner) for inner in value]
     if not isinstance(value, str) or "${" not in value:
         return value
-    return re.sub(r"\$\{([\w.\-]+)\}", lambda m: "${" + RENAMES.get(m[1], m[1]) + "}", value)
+    return re.sub(r"\$\{([\w.\-]+)\}", lambda m: "${" + _renamed(m[1]) + "}", value)
+
+
+def _renamed(key: str) -> str:
+    """`key`, or what stands for it or for a section around it in RENAMES."""
+    head, tail = key, ""
+    while head:
+        if head in RENAMES:
+            return RENAMES[head] + tail
+        head, dot, last = head.rpartition(".")
+        tail = f"{dot}{last}{tail}"
+    return key
 
 
 def leaves(values: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,141 @@
+"""Older spellings: where they are found, and what messages call them."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+
+from lavis.config import compat
+from lavis.config.compat import Wrong, run
+from lavis.config.recipe import load_recipe, recipe_from_dict
+from lavis.config.schema import opt
+from lavis.config.typed import Problem, defaults, read_dataclass
+from lavis.core.errors import ConfigError, RegistryError
+from lavis.core.logging import info_once
+from lavis.core.registry import Registry
+
+RECIPE = """\
+model:
+  arch: minigpt4qwen
+  model_type: qwen7b_chat
+datasets:
+  minigpt4_instruction:
+run:
+  random_seed: 7
+  shuffle: 3
+  output_dir: out/${run.random_seed}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe of a time when run.seed was called run.random_seed, and run.shuffle set run.num_workers."""
+
+    def rules(values: Mapping[str, Any]) -> Iterator[Any]:
+        shuffle = values["run"].get("shuffle")
+        if isinstance(shuffle, str):
+            yield Wrong("run.shuffle", f"{shuffle!r} is no number")
+        elif shuffle is not None:
+            yield "run.num_workers", shuffle, ("run.shuffle",)
+
+    monkeypatch.setattr(run, "RENAMES", {"run.random_seed": "run.seed"})
+    monkeypatch.setitem(compat.RENAMES, "run.random_seed", "run.seed")
+    monkeypatch.setattr(run, "CONSUMED", ("run.shuffle",))
+    monkeypatch.setattr(run, "rules", rules)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_older_names_are_read_in_every_layer_and_in_references(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["run.random_seed=9"])
+    assert (recipe.run.seed, recipe.run.num_workers, recipe.run.output_dir) == (9, 3, "out/9")
+    assert (recipe.origins["run.seed"], recipe.origins["run.num_workers"]) == ("--options", str(recipe_file))
+
+
+def test_a_saved_config_is_translated_too_and_without_a_word(
+    recipe_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = load_recipe(recipe_file).to_dict()
+    saved["run"]["random_seed"] = saved["run"].pop("seed")
+    info_once.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "lavis"):
+        assert recipe_from_dict(saved).run.seed == 7
+    assert not caplog.records
+
+
+def test_they_are_mentioned_once(recipe_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    info_once.cache_clear()
+    with caplog.at_level(logging.INFO, "lavis"):
+        load_recipe(recipe_file)
+        load_recipe(recipe_file)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "these keys have newer names: run.shuffle -> run.num_workers, run.random_seed -> run.seed."
+    )
+
+
+def test_messages_call_a_key_as_it_is_written_and_name_todays(recipe_file: Path) -> None:
+    recipe_file.write_text(RECIPE.replace("random_seed: 7", "random_seed: many").replace("shuffle: 3", "shuffle: -1"))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_file)
+    assert f"run.random_seed ({recipe_file}:7): 'many' has the wrong type: expected whole number." in str(caught.value)
+    assert "(run.random_seed is called run.seed now.)" in str(caught.value)
+    assert f"run.shuffle ({recipe_file}:8): -1 is below the smallest allowed value, 0." in str(caught.value)
+
+
+def test_what_means_nothing_is_refused_with_its_line(recipe_file: Path) -> None:
+    recipe_file.write_text(RECIPE.replace("shuffle: 3", "shuffle: wildly"))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_file)
+    assert str(caught.value) == f"run.shuffle ({recipe_file}:8): 'wildly' is no number."
+
+
+PARTS: Registry[Any] = Registry("part")
+
+
+@dataclass
+class Part:
+    name: str = opt("plain", "name")
+    width: int = opt(1, "width")
+
+    @classmethod
+    def choose(cls, values: Mapping[str, Any]) -> type["Part"]:
+        return PARTS.config(str(values.get("name") or "plain"))
+
+
+@dataclass
+class Wide(Part):
+    depth: int = opt(2, "depth")
+
+
+@dataclass
+class Whole:
+    part: Optional[Part] = opt(None, "a part")
+
+
+PARTS.register("plain", config=Part)(object())
+PARTS.register("wide", config=Wide)(object())
+
+
+def test_a_section_has_the_keys_of_the_part_it_names() -> None:
+    problems: list[Problem] = []
+    assert read_dataclass(Whole, {"part": {"name": "wide", "depth": 3}}, "", problems).part == Wide("wide", 1, 3)
+    assert read_dataclass(Whole, {"part": None}, "", problems).part is None
+    assert not problems
+    read_dataclass(Whole, {"part": {"name": "plain", "depth": 3}}, "model", problems)
+    assert [p.key for p in problems] == ["model.part.depth"]
+    assert defaults(Whole, {"part": {"name": "wide"}})["part"] == {"name": "plain", "width": 1, "depth": 2}
+
+
+def test_an_unknown_part_suggests_near_names() -> None:
+    problems: list[Problem] = []
+    read_dataclass(Whole, {"part": {"name": "wid"}}, "model", problems)
+    assert [p.key for p in problems] == ["model.part.name"]
+    assert problems[0].message.startswith("unknown part 'wid'. Did you mean 'wide'")
+    with pytest.raises(RegistryError):
+        Part.choose({"name": "wid"})
