@@ -9,11 +9,21 @@ from lavis.core.registry import Registry
 MODELS: Registry[Any] = Registry(
     "model",
     lazy={
-        "minigpt4qwen": "lavis.models.minigpt4qwen",
+        "vlm": "lavis.models.vlm",
         "blip2_qformer": "lavis.models.blip2_qformer",
-        "causal_lm": "lavis.models.causal_lm",
     },
 )
+MODEL_CONFIGS: Registry[Any] = Registry(
+    "model", lazy=dict.fromkeys(["vlm", "blip2_qformer", "byte_level_bpe"], "lavis.models.configs")
+)
+"""Name of a model to the dataclass of its `model` section, torch-free."""
+TOWERS: Registry[Any] = Registry("vision tower", lazy={"eva_clip_g": "lavis.models.towers.eva"})
+TOWER_CONFIGS: Registry[Any] = Registry("vision tower", lazy={"eva_clip_g": "lavis.models.part_configs"})
+"""Name of a tower to the dataclass of its section, torch-free."""
+CONNECTORS: Registry[Any] = Registry("connector", lazy={"qformer_linear": "lavis.models.connectors.qformer_linear"})
+CONNECTOR_CONFIGS: Registry[Any] = Registry("connector", lazy={"qformer_linear": "lavis.models.part_configs"})
+"""Name of a connector to the dataclass of its section, torch-free."""
+EXPORTERS: Registry[Any] = Registry("export format", lazy={})
 DATASETS: Registry[Any] = Registry(
     "dataset",
     lazy=dict.fromkeys(
