@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lavis.config.deepspeed import DEEPSPEED_RUNNERS
 from lavis.config.schema import as_list
+from lavis.models.parts import Init
 
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
@@ -46,13 +47,18 @@ def _chat_only(recipe: Recipe) -> Iterator[str]:
 
 
 def _frozen_weights(recipe: Recipe) -> Iterator[str]:
-    for name in ("tower", "connector"):
-        part = getattr(recipe.model, name, None)
-        if part and part.starts_random() and not recipe.init_names(name):
-            yield (
-                f"the {name} is frozen but has no weights: name model.{name}.weights, start it from a run with `init`,"
-                f" or train it ({part.how_to_train(f'model.{name}')})."
-            )
+    tower = getattr(recipe.model, "tower", None)
+    started = {part for item in recipe.init for part in item.get("parts") or ["tower"]}
+    if tower and not (tower.weights or "tower" in started or any(recipe.model.changing())):
+        yield (
+            "the vision tower is frozen but has no weights: name model.tower.weights, start it from a run with `init`,"
+            " or train it (model.tower.train=full)."
+        )
+
+
+def _init(recipe: Recipe) -> Iterator[str]:
+    for i, values in enumerate(recipe.init):
+        yield from Init.read(values, f"init.{i}")[1]
 
 
 def _feature_cache(recipe: Recipe) -> Iterator[str]:
@@ -62,8 +68,7 @@ def _feature_cache(recipe: Recipe) -> Iterator[str]:
     if not model.sees or model.row_format != "chat":
         yield "run.cache_features needs a model that sees and answers: set it to false."
         return
-    if not model.features_fixed:
-        changing = ", ".join(model.changing())
+    if changing := ", ".join(model.changing()):
         yield (
             f"run.cache_features needs a frozen image encoder; yours is trained ({changing}): set it to false."
         )
@@ -202,6 +207,7 @@ RULES = (
     _image_size,
     _chat_only,
     _frozen_weights,
+    _init,
     _feature_cache,
     _sizes,
     _dataset_names,

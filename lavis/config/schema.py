@@ -72,15 +72,23 @@ class ModelConfig:
         """Whether it reads images."""
         return False
 
-    @property
-    def features_fixed(self) -> bool:
-        """Whether an image's vectors can never change, so that they may be stored."""
-        return False
+    def changing(self) -> Iterator[str]:
+        """Settings, as `key=value`, that let an image's vectors change while training, so that they can't be stored."""
+        yield from ()
 
     @property
     def trained(self) -> bool:
         """Whether anything of it is trained."""
         return True
+
+    @property
+    def recomputes(self) -> Any:
+        """Whether activations are recomputed in backward: true, false, or auto where a runner has to settle it."""
+        return False
+
+    def with_recomputation(self, on: bool) -> ModelConfig:
+        """The same with `recomputes` settled."""
+        return self
 
     def problems(self) -> Iterator[str]:
         """Sentences about values of the section that can't work together."""

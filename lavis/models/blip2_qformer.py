@@ -76,6 +76,15 @@ class Blip2QFormer(Composition):
         """As Vlm's."""
         return self.visual_encoder.borrowed_parameters()
 
+    def unhooked_parameters(self) -> list[nn.Parameter]:
+        """As Vlm's."""
+        parts = (self.visual_encoder, self.connector)
+        return [*self.parameters(recurse=False), *(p for part in parts for p in part.unhooked_parameters())]
+
+    def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """The queries' vectors of each image, [N, Q, D_qformer]."""
+        return self.connector.encode(self.visual_encoder.encode(pixels_NCHW))
+
     def image_tokens(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """What the Q-Former looks at: [N, 3, S, S] -> [N, T, D_tower] in fp32."""
         return self.connector.normed(self.visual_encoder.encode(pixels_NCHW))

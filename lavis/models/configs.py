@@ -6,8 +6,8 @@ Torch-free, so that a recipe is checked before anything heavy is imported.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, replace
+from typing import Any, Optional
 
 from lavis.config.schema import ModelConfig, NamedFile, opt
 from lavis.core.registries import MODEL_CONFIGS
@@ -46,17 +46,25 @@ class VlmConfig(ModelConfig):
         """Whether it reads images."""
         return self.tower is not None
 
-    @property
-    def features_fixed(self) -> bool:
+    def changing(self) -> Iterator[str]:
         """See ModelConfig."""
-        return bool(
-            self.tower and self.connector and not self.tower.trained and not self.connector.encoder_trained()
-        )
+        for name, part in (("tower", self.tower), ("connector", self.connector)):
+            if part is not None:
+                yield from part.changing(f"model.{name}")
 
     @property
     def trained(self) -> bool:
         """Whether anything of it is trained."""
         return any(part.trained for part in self.parts().values())
+
+    @property
+    def recomputes(self) -> Any:
+        """See ModelConfig."""
+        return self.llm.recompute
+
+    def with_recomputation(self, on: bool) -> VlmConfig:
+        """See ModelConfig."""
+        return replace(self, llm=replace(self.llm, recompute=on))
 
     @property
     def tokens_per_tile(self) -> int:
@@ -92,7 +100,7 @@ class Blip2QFormerStage1Config(ModelConfig):
 
     tower: TowerConfig = opt(EvaConfig, "vision tower")
     connector: QFormerLinearConfig = opt(QFormerLinearConfig, "the Q-Former and its queries")
-    tokenizer: str = opt("ckpt/bert-base-uncased", "folder of the tokenizer that captions are read with")
+    text_tokenizer: str = opt("ckpt/bert-base-uncased", "folder of the tokenizer that captions are read with")
     media: MediaConfig = opt(MediaConfig, "how pictures reach the model")
     embed_dim: int = opt(256, "width of the contrastive space", at_least=1)
     max_length: int = opt(32, "longest caption, tokens", at_least=4)
@@ -108,21 +116,28 @@ class Blip2QFormerStage1Config(ModelConfig):
         """Whether it reads images."""
         return True
 
+    def changing(self) -> Iterator[str]:
+        """See ModelConfig."""
+        yield from self.tower.changing("model.tower")
+        yield from self.connector.changing("model.connector")
+
     def problems(self) -> Iterator[str]:
         """See ModelConfig."""
         yield from self.tower.problems("model.tower")
         yield from self.connector.problems("model.connector")
+        if self.connector.name != QFormerLinearConfig().name:
+            yield f"model.connector.name is {self.connector.name}, but this model trains a Q-Former: leave it out."
 
     def files(self) -> Iterator[NamedFile]:
         """See ModelConfig."""
         yield from self.tower.files("model.tower")
         yield from self.connector.files("model.connector")
-        yield NamedFile("model.tokenizer", "tokenizer", self.tokenizer)
+        yield NamedFile("model.text_tokenizer", "tokenizer", self.text_tokenizer)
 
     @property
     def tokenizer_source(self) -> tuple[str, str | None]:
         """See ModelConfig."""
-        return "model.tokenizer", self.tokenizer
+        return "model.text_tokenizer", self.text_tokenizer
 
 
 @MODEL_CONFIGS.register("byte_level_bpe")

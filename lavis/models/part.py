@@ -36,6 +36,10 @@ class Part(nn.Module):
         super().train(mode and self.trained)
         return self
 
+    def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
+        """Parameter to the factor on its learning rate; layer_decay: per layer from the top down, where it has layers."""
+        return dict.fromkeys(self.parameters(), self.config.lr_scale)
+
     def load(self, source: str) -> LoadReport:
         """Fill it from the file or folder `source`; its tensors may be on the meta device before.
 
@@ -50,6 +54,10 @@ class Part(nn.Module):
     def fit(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`tensors` of such a part, by the names that checkpoints use, made to fit this one (another image size)."""
         return dict(tensors)
+
+    def unhooked_parameters(self) -> list[nn.Parameter]:
+        """Parameters used outside a call of the module that owns them."""
+        return list(self.parameters(recurse=False))
 
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         """(module, parameter of a part of it) where a forward reads a weight itself instead of calling its owner: what

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Optional
 
 from lavis.config.schema import opt
-from lavis.core.registries import CONNECTOR_CONFIGS, TOWER_CONFIGS
 from lavis.models.parts import TRAIN, ConnectorConfig, TowerConfig
 
 
-@TOWER_CONFIGS.register("eva_clip_g")
 @dataclass
 class EvaConfig(TowerConfig):
     """EVA ViT without a last norm; by default EVA-CLIP g/14 without its last block, as BLIP-2 uses it."""
@@ -36,6 +34,12 @@ class EvaConfig(TowerConfig):
     def trained(self) -> bool:
         """As PartConfig.trained."""
         return self.train != "frozen" or self.train_positions
+
+    def changing(self, key: str) -> Iterator[str]:
+        """See TowerConfig."""
+        yield from super().changing(key)
+        if self.train_positions:
+            yield f"{key}.train_positions=true"
 
     def span(self) -> int:
         """Patches and the class token."""
@@ -83,7 +87,6 @@ class QFormerConfig:
     max_position_embeddings: int = opt(512, "longest text, tokens (text branch only)", at_least=1)
 
 
-@CONNECTOR_CONFIGS.register("qformer_linear")
 @dataclass
 class QFormerLinearConfig(ConnectorConfig):
     """A Q-Former, whose queries gather what an image shows, and one linear layer into the LLM's space."""
@@ -101,11 +104,14 @@ class QFormerLinearConfig(ConnectorConfig):
     @property
     def trained(self) -> bool:
         """As PartConfig.trained."""
-        return self.train != "frozen" or self.encoder_trained()
+        return self.train != "frozen" or any(self.changing(""))
 
-    def encoder_trained(self) -> bool:
+    def changing(self, key: str) -> Iterator[str]:
         """See ConnectorConfig."""
-        return self.train_qformer != "frozen" or self.train_queries
+        if self.train_qformer != "frozen":
+            yield f"{key}.train_qformer={self.train_qformer}"
+        if self.train_queries:
+            yield f"{key}.train_queries=true"
 
     def encoded(self, tokens: int, width: int) -> tuple[int, int]:
         """See ConnectorConfig."""

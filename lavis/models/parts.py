@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from lavis.config.schema import NamedFile, opt
-from lavis.core.registries import CONNECTOR_CONFIGS, TOWER_CONFIGS
+from lavis.core.registries import CONNECTORS, TOWERS
 
 TRAIN = ("frozen", "full", "lora")
 
@@ -38,6 +38,11 @@ class Init:
         problems = [f"{key}.{name}: unknown key; known: from, parts." for name in values.keys() - {"from", "parts"}]
         problems += [f"{key}.parts: {name!r} is not one of {', '.join(PARTS)}." for name in parts if name not in PARTS]
         return cls(values["from"], tuple(parts)), problems
+
+
+def inits(values: list[Any]) -> list[Init]:
+    """The entries of a recipe's `init`, which were checked."""
+    return [item for i, entry in enumerate(values) if (item := Init.read(entry, f"init.{i}")[0])]
 
 
 @dataclass
@@ -88,7 +93,12 @@ class TowerConfig(PartConfig):
     @classmethod
     def choose(cls, values: Mapping[str, Any]) -> type[TowerConfig]:
         """The dataclass of the tower that the section `values` names. Raises RegistryError for an unknown one."""
-        return TOWER_CONFIGS.get(str(values.get("name") or "eva_clip_g"))
+        return TOWERS.config(str(values.get("name") or "eva_clip_g"))
+
+    def changing(self, key: str) -> Iterator[str]:
+        """What of the section, at the dotted `key`, lets an image's vectors change while training."""
+        if self.train != "frozen":
+            yield f"{key}.train={self.train}"
 
     def blocks(self) -> int | None:
         """Blocks of which each costs the same, so that a plan runs two and multiplies; None: it runs the whole tower."""
@@ -116,11 +126,11 @@ class ConnectorConfig(PartConfig):
     @classmethod
     def choose(cls, values: Mapping[str, Any]) -> type[ConnectorConfig]:
         """As TowerConfig.choose."""
-        return CONNECTOR_CONFIGS.get(str(values.get("name") or "qformer_linear"))
+        return CONNECTORS.config(str(values.get("name") or "qformer_linear"))
 
-    def encoder_trained(self) -> bool:
-        """Whether what Connector.encode gives can change."""
-        return False
+    def changing(self, key: str) -> Iterator[str]:
+        """As TowerConfig.changing, for what Connector.encode gives."""
+        yield from ()
 
     def encoded(self, tokens: int, width: int) -> tuple[int, int]:
         """(vectors, numbers of each) that Connector.encode makes of `tokens` vectors of the tower, `width` wide."""
@@ -172,6 +182,8 @@ class LlmConfig(PartConfig):
                 f"{key}.quantization {self.quantization} keeps the LLM's weights in integers, which can't be trained:"
                 f" set {key}.train=frozen or lora."
             )
+        if self.config and not self.weights and self.train != "full":
+            yield f"{key}.config makes a new LLM, which has to be trained: set {key}.train=full."
         if not (self.weights or self.config):
             yield f"{key}.weights names no LLM, and {key}.config does not say what a new one is like: give one of them."
 

@@ -33,7 +33,7 @@ class Vlm(Composition):
     Each part is frozen, trained in full, or trained through LoRA adapters, as its section says; what is frozen builds
     no graph and stays in eval mode. `image_token_id` is the id of the placeholder in input_ids, None for text alone.
     Tensors go by the names in lavis.models.composition. Adapters are put on by `add_adapters`, once the weights are
-    there; `on_meta` makes parts whose weights a file brings without values.
+    there. `on_meta` makes parts whose weights a file brings without values, `all_on_meta` every part but the LLM.
     """
 
     visual_encoder: Tower | None
@@ -42,16 +42,21 @@ class Vlm(Composition):
     """See lavis.models.llm.cross_entropy_sum."""
 
     def __init__(
-        self, config: VlmConfig, llm: PreTrainedModel, image_token_id: int | None = None, *, on_meta: bool = False
+        self,
+        config: VlmConfig,
+        llm: PreTrainedModel,
+        image_token_id: int | None = None,
+        *,
+        on_meta: bool = False,
+        all_on_meta: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.image_token_id = config, image_token_id
-        self.visual_encoder = _tower(config, on_meta)
+        self.visual_encoder = _tower(config, on_meta, all_on_meta)
         self.llm_model = llm
-        self.connector = _connector(config, llm, on_meta)
-        for part in (self.visual_encoder, self.connector):
-            if part is not None:
-                part.freeze()
+        self.connector = _connector(config, llm, on_meta, all_on_meta)
+        for part in self.image_parts():
+            part.freeze()
         llm.requires_grad_(config.llm.train == "full")
         if config.llm.recomputes:
             llms.recompute_activations(llm)
@@ -113,11 +118,6 @@ class Vlm(Composition):
         found = {"tower": self.visual_encoder, "connector": self.connector, "llm": self.llm_model}
         return {name: part for name, part in found.items() if part is not None}
 
-    def part_of(self, name: str) -> str:
-        """The part that the tensor of that public name belongs to."""
-        head = name.partition(".")[0]
-        return {"visual_encoder": "tower", "llm_model": "llm"}.get(head, "connector")
-
     def add_adapters(self) -> None:
         """Put on the LoRA adapters that the configuration asks for.
 
@@ -125,9 +125,8 @@ class Vlm(Composition):
         """
         if self.config.llm.train == "lora":
             add_lora(self.llm_model, self.config.llm.lora)
-        for part in (self.visual_encoder, self.connector):
-            if part is not None:
-                part.adapt()
+        for part in self.image_parts():
+            part.adapt()
 
     def suit(self, device: torch.device | str) -> None:
         """Give a frozen tower the precision that its section names for a GPU."""
@@ -150,8 +149,19 @@ class Vlm(Composition):
         """(module, parameter of a part of it) where a forward reads a weight itself instead of calling the part: what
         splits weights over ranks must know.
         """
-        parts = [part for part in (self.visual_encoder, self.connector) if part is not None]
-        return [pair for part in parts for pair in part.borrowed_parameters()]
+        return [pair for part in self.image_parts() for pair in part.borrowed_parameters()]
+
+    def unhooked_parameters(self) -> list[nn.Parameter]:
+        """Parameters used outside a call of the module that owns them: what splits weights over ranks must know."""
+        return [p for part in self.image_parts() for p in part.unhooked_parameters()]
+
+    def image_parts(self) -> list[Tower | Connector]:
+        """Tower and connector, where there are any."""
+        return [part for part in (self.visual_encoder, self.connector) if part is not None]
+
+    def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
+        """Parameter of the LLM to the factor on its learning rate; the other parts say it themselves."""
+        return dict.fromkeys(self.llm_model.parameters(), self.config.llm.lr_scale)
 
     def train(self, mode: bool = True) -> Vlm:
         """As nn.Module.train, but frozen parts stay in eval mode; a frozen LLM unless its activations are recomputed,
@@ -191,6 +201,11 @@ class Vlm(Composition):
         assert self.visual_encoder is not None and self.connector is not None
         with torch.no_grad() if self.tower_frozen else contextlib.nullcontext():
             return self.connector.encode(self.visual_encoder.encode(pixels_NCHW))
+
+    def encoder_tensors(self) -> dict[str, torch.Tensor]:
+        """What `encode_images` uses, by public name."""
+        prefixes = ("visual_encoder.", *(self.connector.encoder_prefixes if self.connector is not None else ()))
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(prefixes)}
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D]: the LLM's own, with each placeholder replaced by an image's vector."""
@@ -248,18 +263,18 @@ class Vlm(Composition):
         return llms.generate(self.llm_model, embeds, batch.lengths, stop_token_ids, pad_token_id, **settings)
 
 
-def _tower(config: VlmConfig, on_meta: bool) -> Tower | None:
+def _tower(config: VlmConfig, on_meta: bool, always: bool) -> Tower | None:
     if config.tower is None:
         return None
-    with _made(on_meta and config.tower.weights is not None):
+    with _made(always or (on_meta and config.tower.weights is not None)):
         return TOWERS.get(config.tower.name).from_config(config.tower)
 
 
-def _connector(config: VlmConfig, llm: PreTrainedModel, on_meta: bool) -> Connector | None:
+def _connector(config: VlmConfig, llm: PreTrainedModel, on_meta: bool, always: bool) -> Connector | None:
     if config.connector is None or config.tower is None:
         return None
     width = llm.get_input_embeddings().weight.shape[1]
-    with _made(on_meta and config.connector.weights is not None):
+    with _made(always or (on_meta and config.connector.weights is not None)):
         return CONNECTORS.get(config.connector.name).from_config(config.connector, config.tower.width(), width)
 
 

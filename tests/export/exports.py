@@ -81,11 +81,11 @@ def random_run(
     model.add_adapters()
     randomize(model)
     with torch.no_grad():
-        model.visual_encoder.pos_embed *= 40
-        model.query_tokens *= 20
+        model.visual_encoder.model.pos_embed *= 40
+        model.connector.query_tokens *= 20
         for name, p in model.visual_encoder.named_parameters() if quiet else ():
             p *= 1e-2 if not name.endswith(("norm1.weight", "norm2.weight")) else 1
-        model.query_tokens *= 1e-6 if quiet else 1
+        model.connector.query_tokens *= 1e-6 if quiet else 1
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("llm_")}
     write_tensors(
         {k.replace(".base_layer.", "."): v for k, v in own.items() if ".lora_" not in k},

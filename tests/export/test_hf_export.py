@@ -152,12 +152,12 @@ def test_tower(name, request):
         norm.eps = 1e-5
         tokens, features = both.stock.vision_model(x).last_hidden_state, both.stock.get_image_features(x)
         norm.eps = 1e-6
-    ratio, bias = ((variance + 1e-5) / (variance + 1e-6)).sqrt(), both.ours.ln_vision.bias
+    ratio, bias = ((variance + 1e-5) / (variance + 1e-6)).sqrt(), both.ours.connector.ln_vision.bias
     assert variance.min() > 10 if name == "shapes" else variance.max() < 1e-2
     assert distance(as_it_is, (ours - bias) * ratio + bias) < 1e-6
     assert distance(tokens, ours) < 1e-6
     assert distance(features.qformer_outputs.last_hidden_state, queries) < 1e-6
-    assert distance(features.pooler_output, both.ours.llm_proj(queries)) < 1e-6
+    assert distance(features.pooler_output, both.ours.connector.llm_proj(queries)) < 1e-6
 
 
 def test_fixed_settings_are_blip_2_s(both):
@@ -165,7 +165,7 @@ def test_fixed_settings_are_blip_2_s(both):
     vision, qformer = both.stock.config.vision_config, both.stock.config.qformer_config
     assert (vision.layer_norm_eps, vision.hidden_act, vision.qkv_bias) == (1e-6, "gelu", True)
     assert (qformer.layer_norm_eps, qformer.hidden_act, qformer.cross_attention_frequency) == (1e-12, "gelu", 2)
-    assert both.ours.ln_vision.eps == 1e-5
+    assert both.ours.connector.ln_vision.eps == 1e-5
 
 
 # ---- the whole
@@ -186,8 +186,8 @@ def test_logits_loss_and_gradient(both, files):
     assert distance(out.logits[mask], logits[mask]) < EXACT
     assert distance(out.loss, loss.loss_sum / loss.count) < EXACT
     for ours, stock in (
-        (both.ours.llm_proj, both.stock.language_projection),
-        (both.ours.Qformer.layernorm, both.stock.qformer.layernorm),
+        (both.ours.connector.llm_proj, both.stock.language_projection),
+        (both.ours.connector.Qformer.layernorm, both.stock.qformer.layernorm),
     ):
         assert distance(stock.weight.grad, ours.weight.grad) < EXACT
         assert distance(stock.bias.grad, ours.bias.grad) < EXACT
@@ -309,7 +309,7 @@ def test_stock_s_own_folder_opens_here(both, tmp_path):
     ours = MiniGPT4Qwen.from_pretrained(tmp_path)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert distance(ours.llm_proj(ours.encode_images(x)), stock.get_image_features(x).pooler_output) < EXACT
+        assert distance(ours.connector.llm_proj(ours.encode_images(x)), stock.get_image_features(x).pooler_output) < EXACT
 
 
 def test_a_frozen_llm_keeps_its_type(shapes):

@@ -6,9 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavis.core.errors import CheckpointError, ConfigError
-from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.stages import SPLITTABLE, Part, Stage, cut, llm_part, load_part, open_llm
-from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, small_model, tower_settings
+from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, model_config, small_model, tower_settings
 
 DIMENSIONS = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -73,7 +72,7 @@ def test_the_stages_of_a_model_that_sees_give_its_loss(tmp_path):
     model, batch = small_model(), batch_of([15, 12], [1, 0])
     model.llm_model.save_pretrained(tmp_path)
     parts = list(stages(tmp_path, [1, 1]))
-    built = [Stage(MiniGPT4QwenConfig(**tower_settings()), llm, part, IMAGE_ID).train() for part, llm in parts]
+    built = [Stage(model_config(**tower_settings()), llm, part, IMAGE_ID).train() for part, llm in parts]
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("llm_model.")}
     built[0].front.load_state_dict(own, strict=False)
     hidden = built[1](built[0]((batch.input_ids, batch.position_ids, batch.pixel_values)))

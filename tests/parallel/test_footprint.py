@@ -6,12 +6,11 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from lavis.models.configs import MiniGPT4QwenConfig, VitConfig
 from lavis.models.llm import cross_entropy_sum
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.vlm import Vlm
 from lavis.models.stages import Part, Stage
 from lavis.parallel.footprint import CostMode, Footprints, MicroBatch, Precision
-from tests.models.conftest import IMAGE_ID, VOCAB, tower_settings
+from tests.models.conftest import IMAGE_ID, VOCAB, model_config, tower_settings
 
 BATCH = MicroBatch(rows=3, tokens=50, images=3, supervised=40)
 PACKED = replace(BATCH, packed=True)
@@ -34,9 +33,9 @@ CHANGES = {
 
 
 def settings(**changes):
-    values = tower_settings(vit=VitConfig(patch_size=8, embed_dim=48, depth=4, num_heads=4))
+    values = tower_settings(vit={"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4})
     values["qformer"].dropout = changes.pop("qformer_dropout", 0.1)
-    return MiniGPT4QwenConfig(**values | changes)
+    return model_config(**values | changes)
 
 
 def counted(config, precision, batch):
@@ -92,7 +91,7 @@ def test_parameters_are_those_of_the_model_however_it_is_cut():
     with torch.device("meta"):
         from transformers import Qwen2ForCausalLM
 
-        model = MiniGPT4Qwen(config, Qwen2ForCausalLM(LLM), IMAGE_ID)
+        model = Vlm(config, Qwen2ForCausalLM(LLM), IMAGE_ID)
         model.add_adapters()
     f = Footprints(config, LLM, BATCH, Precision())
     whole = f.stage(DEPTH)

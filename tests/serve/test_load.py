@@ -60,7 +60,7 @@ def test_the_llm_is_kept_on_the_cpu_or_spread(chat):
         placed = load_chat(model_type="shapes", llm_device_map=device_map)
         assert placed.model.config.llm_device_map == device_map
         moved = placed.model.to(torch.float64)  # stands for another device: the LLM does not follow
-        assert moved.query_tokens.dtype == torch.float64 and moved.llm_model.dtype == torch.float32
+        assert moved.connector.query_tokens.dtype == torch.float64 and moved.llm_model.dtype == torch.float32
 
 
 def test_room_is_kept_for_the_tower_on_the_first_gpu(monkeypatch):

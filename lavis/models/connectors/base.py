@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
@@ -18,6 +19,8 @@ class Connector(Part, ABC):
     """
 
     config: ConnectorConfig
+    encoder_prefixes: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of the tensors that `encode` uses."""
 
     @classmethod
     @abstractmethod

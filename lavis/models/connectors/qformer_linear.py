@@ -84,6 +84,8 @@ class QFormer(Part):
 class QFormerLinear(QFormer, Connector):
     """The queries' outputs through one linear layer."""
 
+    encoder_prefixes = ENCODER
+
     def __init__(self, config: QFormerLinearConfig, tower_width: int, llm_width: int) -> None:
         super().__init__(config, tower_width)
         self.llm_proj = nn.Linear(config.qformer.hidden_size, llm_width)

@@ -54,6 +54,16 @@ class Tower(Part, ABC):
         """Put weights that are never trained into `dtype`."""
         self.model.to(dtype)
 
+    def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
+        """See Part. What lies below the lowest layer is one layer further down."""
+        own, layers = self.config.lr_scale, list(self.layers())
+        if not layers:
+            return super().rate_scales(layer_decay)
+        scales = dict.fromkeys(self.parameters(), own * layer_decay ** (len(layers) + 1))
+        for i, layer in enumerate(layers):
+            scales |= dict.fromkeys(layer.parameters(), own * layer_decay ** (len(layers) - i))
+        return scales
+
     def layers(self) -> Iterator[nn.Module]:
         """Its blocks from the bottom up, for layer-wise learning rates; none if it has no such order."""
         return iter(())

@@ -70,6 +70,10 @@ class EvaTower(Tower):
         """See Tower."""
         return iter(self.model.blocks)
 
+    def unhooked_parameters(self) -> list[nn.Parameter]:
+        """See Part: forward_features is called, not the ViT."""
+        return list(self.model.parameters(recurse=False))
+
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         """See Part."""
         attentions = [block.attn for block in self.model.blocks]
