@@ -32,8 +32,8 @@ EXPORTERS: Registry[Any] = Registry(
     lazy={
         "blip2": "lavis.export.hf",
         "text_llm": "lavis.export.text_llm",
-        "peft": "lavis.export.trained",
-        "pth": "lavis.export.trained",
+        "peft": "lavis.export.files",
+        "pth": "lavis.export.files",
     },
 )
 HF_MODELS: Registry[Any] = Registry("transformers model type", lazy={"blip-2": "lavis.models.hf.blip2"})

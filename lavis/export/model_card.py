@@ -76,7 +76,7 @@ def model_card(trained: Trained, differences: Sequence[str]) -> str:
     """The card of `trained`; `differences` are prompts that transformers encodes otherwise."""
     return _CARD.format(
         name=f"{trained.run_folder.parent.name}, {trained.checkpoint.path.name}",
-        llm=trained.model.llm_model,
+        llm=trained.model.llm.weights,
         version=lavis.__version__,
         snippet=SNIPPET,
         prompts=_prompts(differences),

@@ -45,10 +45,13 @@ def load_weights(model: Vlm, init: Sequence[Init] = ()) -> set[str]:
 def _load_part(part: Any) -> tuple[str, ...]:
     if part is None:
         return ()
-    report = part.load(part.config.weights) if part.config.weights else None
+    if not part.config.weights:
+        part.complete()
+        return ()
+    report = part.load(part.config.weights)
     part.complete()
     initialise(part)
-    return report.loaded if report else ()
+    return report.loaded
 
 
 def initialise(module: nn.Module) -> None:

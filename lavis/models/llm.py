@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -120,18 +121,26 @@ def _quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def new_llm(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, int]) -> PreTrainedModel:
+def new_llm(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, Any]) -> PreTrainedModel:
     """A randomly initialised causal LM from a transformers configuration given as a dict with `model_type`.
 
     `special_ids` holds pad_token_id, eos_token_id, ... Raises ConfigError when transformers refuses the configuration.
     """
+    config = new_config(llm_config, vocab_size, special_ids)
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.llm.config is not a configuration transformers accepts: {error}") from error
+
+
+def new_config(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of `new_llm`."""
     values = dict(llm_config)
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise ConfigError("model.llm.config has no `model_type`: name the architecture, for example qwen2 or llama.")
     try:
-        config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **special_ids, **values)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoConfig.for_model(model_type, vocab_size=vocab_size, **special_ids, **values)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model.llm.config is not a configuration transformers accepts: {error}") from error
 

@@ -113,6 +113,11 @@ class QFormerLinearConfig(ConnectorConfig):
         if self.train_queries:
             yield f"{key}.train_queries=true"
 
+    @property
+    def whole(self) -> bool:
+        """See ConnectorConfig: the linear layer is in no file of a Q-Former."""
+        return False
+
     def encoded(self, tokens: int, width: int) -> tuple[int, int]:
         """See ConnectorConfig."""
         return self.num_query_token, self.qformer.hidden_size

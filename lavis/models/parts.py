@@ -132,6 +132,11 @@ class ConnectorConfig(PartConfig):
         """As TowerConfig.changing, for what Connector.encode gives."""
         yield from ()
 
+    @property
+    def whole(self) -> bool:
+        """Whether `weights` brings all of it, so that a model answers without anything trained."""
+        return self.weights is not None
+
     def encoded(self, tokens: int, width: int) -> tuple[int, int]:
         """(vectors, numbers of each) that Connector.encode makes of `tokens` vectors of the tower, `width` wide."""
         return tokens, width

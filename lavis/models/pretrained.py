@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
 from lavis.config.compat import translate
+from lavis.config.recipe import load_model_config
 from lavis.config.typed import Problem, read_dataclass
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.json_file import read_json
@@ -94,6 +96,13 @@ def _without_files(config: VlmConfig) -> VlmConfig:
     return replace(config, **parts, llm=replace(config.llm, device_map=None), released=None)
 
 
+def is_text_llm(folder: Path) -> bool:
+    """Whether `folder` holds a causal LM alone, as transformers saves one."""
+    model_type = read_json(folder / CONFIG).get("model_type")
+    known = (MODEL_TYPE, *_OLD_TYPES, *HF_MODELS.list())
+    return model_type not in known and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     values = read_json(folder / CONFIG)
     if values.get("model_type") not in (MODEL_TYPE, *_OLD_TYPES, *HF_MODELS.list()):
@@ -114,6 +123,11 @@ def _read_section(values: Mapping[str, Any], folder: Path) -> VlmConfig:
             + "; ".join(f"{p.key}: {p.message}" for p in problems)
             + ". Was it written by another version?"
         )
+    section = layers[0]["model"]
+    if "media" not in section and section.get("preset"):  # older ones said nothing of pictures, but which type they are
+        folder, _, name = section["preset"].rpartition("/")
+        preset: Any = load_model_config(folder, name)
+        config = replace(config, media=preset.media)
     return config
 
 

@@ -34,7 +34,7 @@ CHANGES = {
 
 def settings(**changes):
     values = tower_settings(vit={"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4})
-    values["qformer"].dropout = changes.pop("qformer_dropout", 0.1)
+    values["qformer"]["dropout"] = changes.pop("qformer_dropout", 0.1)
     return model_config(**values | changes)
 
 
@@ -43,7 +43,7 @@ def counted(config, precision, batch):
     from transformers import Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    llm = Qwen2ForCausalLM(LLM).to(precision.frozen_llm if config.freeze_llm else torch.float32)
+    llm = Qwen2ForCausalLM(LLM).to(torch.float32 if config.llm.train == "full" else precision.frozen_llm)
     stage = Stage(config, llm, Part(0, 1, 0, DEPTH), IMAGE_ID).train()
     for p in stage.parameters():
         if p.requires_grad:

@@ -77,7 +77,7 @@ def test_an_impossible_split_and_an_unknown_card_are_told():
         planner().plan(Layout(41, 41))
     with pytest.raises(ConfigError, match="unknown GPU '3091'"):
         Machine.gpu("3091")
-    with pytest.raises(ConfigError, match="plans are made for minigpt4qwen"):
+    with pytest.raises(ConfigError, match="plans are made for models with an LLM"):
         Planner(load_recipe("shapes/tokenizer_a"), Machine.gpu("3090"))
 
 
