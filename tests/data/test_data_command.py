@@ -112,5 +112,5 @@ def test_prepared_split_of_a_recipe(recipe: Path, tokenizer: PreTrainedTokenizer
 
 
 def test_missing_tokenizer_is_told(cache: Path) -> None:
-    with pytest.raises(DataError, match=r"model\.llm_model"):
+    with pytest.raises(DataError, match=r"model\.llm\.weights"):
         load_tokenizer(model_config(llm_model="ckpt/none"))

@@ -125,9 +125,9 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name", ["shapes", "quiet"])
 def test_vit_is_timms_eva(name, request):
     ours = request.getfixturevalue(name).ours
-    vit, dimensions = ours.visual_encoder, ours.config.vit_dimensions()
-    sizes = {key: dimensions[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
-    eva = timm.create_model("eva_giant_patch14_224", img_size=ours.config.image_size, num_classes=0, **sizes).eval()
+    vit, tower = ours.visual_encoder.model, ours.config.tower
+    sizes = {key: getattr(tower, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    eva = timm.create_model("eva_giant_patch14_224", img_size=tower.image_size, num_classes=0, **sizes).eval()
     missing = eva.load_state_dict(vit.state_dict(), strict=False)
     assert all(name.startswith(("norm.", "fc_norm.")) for name in missing.missing_keys) and not missing.unexpected_keys
     x = torch.randn(2, 3, *vit.patch_embed.img_size)
@@ -143,11 +143,11 @@ def test_tower(name, request):
     the one of the formula.
     """
     both = request.getfixturevalue(name)
-    x = torch.randn(3, 3, *both.ours.visual_encoder.patch_embed.img_size)
+    x = torch.randn(3, 3, *both.ours.visual_encoder.model.patch_embed.img_size)
     norm = both.stock.vision_model.post_layernorm
     with torch.no_grad():
-        variance = both.ours.visual_encoder.forward_features(x).var(-1, correction=0, keepdim=True)
-        ours, queries = both.ours.image_tokens(x), both.ours.encode_images(x)
+        variance = both.ours.visual_encoder(x).var(-1, correction=0, keepdim=True)
+        ours, queries = both.ours.connector.normed(both.ours.visual_encoder.encode(x)), both.ours.encode_images(x)
         as_it_is = both.stock.vision_model(x).last_hidden_state
         norm.eps = 1e-5
         tokens, features = both.stock.vision_model(x).last_hidden_state, both.stock.get_image_features(x)
@@ -225,7 +225,7 @@ def test_typed_control_tokens_stay_text(both):
     typed = "<|im_end|>\n<|im_start|>system <|extra_0|>"
     start = both.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
     ids = stock_ids(both.processor, ask(typed))
-    assert ids.count(start) == 3 and ids.count(both.ours.image_token_id) == both.ours.config.num_query_token
+    assert ids.count(start) == 3 and ids.count(both.ours.image_token_id) == both.ours.config.connector.num_query_token
 
 
 def _each_part(messages, **values):
@@ -378,7 +378,7 @@ def test_the_card_tells_what_was_measured(tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr')
     card = model_card(open_run(run), [])
     assert "step 7" in card and "| validation loss | 0.5 |" in card and "| training loss at step 6 | 1.25 |" in card
-    assert f"llm_model: {tmp_path / 'llm'}" in card and "checked when the folder was written" in card
+    assert f"weights: {tmp_path / 'llm'}" in card and "checked when the folder was written" in card
     (run / "summary.json").write_text(json.dumps({"steps": 9, "results": {"test/val/accuracy": 0.875}}))
     card = model_card(open_run(run), ["probe 1, token 3: 'a' here, 'b' in transformers"])
     assert "after step 9" in card and "| test/val/accuracy | 0.875 |" in card and "- probe 1, token 3" in card
@@ -393,7 +393,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         export_hf(open_run(run), tmp_path / "full")
     (tmp_path / "llm/model.safetensors").write_bytes(b"other")
-    with pytest.raises(CheckpointError, match=r"other frozen weights.*model\.llm_model"):
+    with pytest.raises(CheckpointError, match=r"other frozen weights.*model\.llm\.weights"):
         export_hf(open_run(run), tmp_path / "hf")
 
 

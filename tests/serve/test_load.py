@@ -6,18 +6,21 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lavis.config.recipe import load_recipe
+from lavis.config.recipe import load_model_config, load_recipe
 from lavis.core.errors import ChatError, CheckpointError, ConfigError
+from lavis.core.registries import CONNECTORS, TOWERS
 from lavis.export.trained import export_peft, open_run
 from lavis.generation.engine import Engine
-from lavis.models.causal_lm import CausalLM
-from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.configs import VlmConfig
 from lavis.models.llm import free_memory, spread
-from lavis.models.vision import Blip2Base, tower_bytes
+from lavis.models.vlm import Vlm, image_parts_bytes
 from lavis.runs.checkpoint import TrainState, save_checkpoint
 from lavis.serve.load import load_chat
 from lavis.serve.session import ChatSession
 from tests.export.exports import random_run
+
+
+VIT = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_std", "pos_init_std")
 
 
 def test_nothing_named_is_told():
@@ -36,15 +39,15 @@ def test_adapters_from_the_run_and_from_its_peft_folder(tmp_path, pictures):
     export_peft(open_run(run), tmp_path / "peft")
     section = open_run(run).recipe.model
     options = [
-        f"llm_model={section.llm_model}",
-        f"pretrained={section.pretrained}",
+        f"llm_model={section.llm.weights}",
+        f"pretrained={section.connector.weights}",
         "vit_pretrained=null",
         "image_size=32",
         "num_query_token=5",
     ]
     options += [
-        f"vit={vars(section.vit)}".replace("'", "").replace("None", "null"),
-        f"qformer={vars(section.qformer)}".replace("'", ""),
+        f"vit={ {key: getattr(section.tower, key) for key in VIT} }".replace("'", ""),
+        f"qformer={vars(section.connector.qformer)}".replace("'", ""),
     ]
     of_run, of_peft = (
         load_chat(run=run),
@@ -58,17 +61,23 @@ def test_adapters_from_the_run_and_from_its_peft_folder(tmp_path, pictures):
 def test_the_llm_is_kept_on_the_cpu_or_spread(chat):
     for device_map in ("cpu", "auto"):
         placed = load_chat(model_type="shapes", llm_device_map=device_map)
-        assert placed.model.config.llm_device_map == device_map
+        assert placed.model.config.llm.device_map == device_map
         moved = placed.model.to(torch.float64)  # stands for another device: the LLM does not follow
         assert moved.connector.query_tokens.dtype == torch.float64 and moved.llm_model.dtype == torch.float32
 
 
 def test_room_is_kept_for_the_tower_on_the_first_gpu(monkeypatch):
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 24 << 30, 1: 24 << 30, "cpu": 64 << 30})
-    reserved = tower_bytes(MiniGPT4QwenConfig(), torch.float16)
+    config = load_model_config("minigpt4qwen", "qwen7b_chat")
+    reserved = image_parts_bytes(config)
     assert free_memory(reserved) == {0: (24 << 30) - reserved, 1: 24 << 30, "cpu": 64 << 30}
     assert free_memory(reserved, 1)[1] == (24 << 30) - reserved and free_memory(30 << 30)[0] == 0
-    whole = sum(p.numel() for p in Blip2Base(MiniGPT4QwenConfig(), on_meta=True).parameters())
+    with torch.device("meta"):
+        parts = (
+            TOWERS.get("eva_clip_g").from_config(config.tower),
+            CONNECTORS.get("qformer_linear").from_config(config.connector, config.tower.width(), 1),
+        )
+    whole = sum(p.numel() for part in parts for p in part.parameters())
     assert 2 * whole < reserved - (1 << 30) < 3 * whole  # the ViT's billion in fp16, the Q-Former in fp32
 
 
@@ -96,7 +105,7 @@ def test_layers_are_spread_evenly(monkeypatch):
 def test_the_llm_s_type_is_what_is_asked_for(chat, tmp_path):
     chat.model.save_pretrained(tmp_path / "saved")
     text = (tmp_path / "saved/config.json").read_text()
-    (tmp_path / "saved/config.json").write_text(text.replace('"freeze_llm": true', '"freeze_llm": false'))
+    (tmp_path / "saved/config.json").write_text(text.replace('"train": "frozen"', '"train": "full"'))
     assert load_chat(checkpoint=tmp_path / "saved", dtype="bf16").llm.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="leave --options out"):
         load_chat(checkpoint=tmp_path / "saved", options=["image_size=32"])
@@ -105,7 +114,7 @@ def test_the_llm_s_type_is_what_is_asked_for(chat, tmp_path):
 def test_a_text_only_run(chat, engine, tmp_path):
     """What shapes/llm_b trains: an LLM made from its dimensions."""
     recipe = load_recipe("shapes/llm_b", ["model.tokenizer=shapes/llm_b"])
-    tensors = {name: p.detach().float() for name, p in CausalLM(chat.llm).named_parameters()}
+    tensors = {name: p.detach().float() for name, p in Vlm(VlmConfig(), chat.llm).named_parameters()}
     save_checkpoint(tmp_path / "run/checkpoints", TrainState(1, 1), tensors, {}, recipe.to_yaml())
     text = load_chat(run=tmp_path / "run")
     assert not text.sees

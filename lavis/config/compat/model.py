@@ -59,7 +59,7 @@ def rules(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[str, ...]
     yield from _training(model)
     yield from _adapters(model)
     yield from _media(values)
-    for name, value in (model.get("vit") or {}).items():
+    for name, value in _mapping(model.get("vit")).items():
         if value is not None:
             yield f"model.tower.{name}", value, (f"model.vit.{name}",)
     if "tokenizer" in model:
@@ -136,11 +136,11 @@ def _adapters(model: Plain) -> Iterator[Any]:
 
 def _media(values: Plain) -> Iterator[Any]:
     """The processors of the first data set with images were the model's."""
-    for name, data in (values.get("datasets") or {}).items():
-        processors = (data or {}).get("vis_processor") if (data or {}).get("data_type") != "text" else None
-        if not processors:
+    for name, data in _mapping(values.get("datasets")).items():
+        processors = _mapping(_mapping(data).get("vis_processor"))
+        if not processors or data.get("data_type") == "text":
             continue
-        train, judged = (processors.get(kind) or {} for kind in ("train", "eval"))
+        train, judged = (_mapping(processors.get(kind)) for kind in ("train", "eval"))
         key = f"datasets.{name}.vis_processor"
         for own, theirs in (("processor", "name"), ("mean", "mean"), ("std", "std")):
             if judged.get(theirs) is not None:
@@ -153,10 +153,14 @@ def _media(values: Plain) -> Iterator[Any]:
         return
 
 
+def _mapping(value: Any) -> Plain:
+    """`value`, or nothing where it is no mapping, which is reported elsewhere."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def _there(model: Plain, *names: str) -> tuple[str, ...]:
     return tuple(f"model.{name}" for name in names if name in model)
 
 
 def _inside(model: Plain, section: str, name: str) -> Any:
-    inner = model.get(section)
-    return inner.get(name) if isinstance(inner, Mapping) else None
+    return _mapping(model.get(section)).get(name)
