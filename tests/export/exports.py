@@ -66,7 +66,7 @@ def random_run(
     have so small a variance that every eps counts; otherwise it is about that of trained ones (26 to 50 in the shapes
     world).
     """
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     tokenizer = AutoTokenizer.from_pretrained(SHAPES / "llm_a")
     llm = randomize(FAMILIES[family](len(tokenizer) + 9 * placeholder))
     llm.save_pretrained(folder / "llm")
