@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder = "."
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)  # or torch.bfloat16, device_map="auto"
+model.vision_model.post_layernorm.eps = 1e-5  # as in training; transformers has the blocks' 1e-6 here
 processor = AutoProcessor.from_pretrained(folder, backend="pil")
 
 messages = [{"role": "user", "content": [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is in the picture?"}]}]

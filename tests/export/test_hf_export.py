@@ -24,7 +24,7 @@ from lavis.data.image import EvalImage, image_processor
 from lavis.data.shapes.scene import render, sample_scene
 from lavis.export.hf import build, export_hf, merge_lora
 from lavis.export.hf_processor import PROBES, stock_ids
-from lavis.export.model_card import model_card
+from lavis.export.model_card import SNIPPET, model_card
 from lavis.export.trained import open_run
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
 from lavis.objectives.image_text import ImageTextPretrain
@@ -310,6 +310,25 @@ def test_stock_s_own_folder_opens_here(both, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert distance(ours.connector.llm_proj(ours.encode_images(x)), stock.get_image_features(x).pooler_output) < EXACT
+
+
+def test_an_export_that_was_opened_here_is_saved_and_opened_again(both, tmp_path):
+    MiniGPT4Qwen.from_pretrained(both.folder).save_pretrained(tmp_path)
+    again, ours = MiniGPT4Qwen.from_pretrained(tmp_path).state_dict(), both.ours.state_dict()
+    assert again.keys() == ours.keys() and all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+def test_the_card_s_model_is_the_trained_one_to_the_last_digit(quiet, files, monkeypatch):
+    """In a tower where every eps counts, thanks to the snippet's line about it."""
+    monkeypatch.chdir(quiet.folder)
+    names = {}
+    exec(SNIPPET.partition("processor =")[0], names)
+    batch = quiet.batch([ask("What is this?")], files[:1])
+    with torch.no_grad():
+        logits = quiet.ours.llm_model(inputs_embeds=quiet.ours.embed(batch), position_ids=batch.position_ids).logits
+        assert distance(names["model"](batch.pixel_values, batch.input_ids).logits, logits) < 1e-6
+        names["model"].vision_model.post_layernorm.eps = 1e-6
+        assert distance(names["model"](batch.pixel_values, batch.input_ids).logits, logits) > 1e-5
 
 
 def test_a_frozen_llm_keeps_its_type(shapes):

@@ -77,6 +77,7 @@ def _architecture(model: Plain) -> Iterator[Any]:
     folder = "minigpt4qwen" if arch in (None, "vlm") and "model_type" in model else folder
     if folder and "preset" not in model:
         yield "model.preset", f"{folder}/{model.get('model_type', 'default')}", sources
+    sources = sources[:1]
     if arch == "minigpt4qwen":
         yield "model.tower.name", model.get("vit_model", "eva_clip_g"), sources
         yield "model.connector.name", "qformer_linear", sources
