@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lavis.config.recipe import load_dataset_config, load_model_config, load_preprocess_config, model_types
 from lavis.config.schema import PreprocessConfig
+from lavis.core.paths import CONFIGS_ROOT
 from lavis.core.registries import DATASETS, MODELS
-from lavis.models.configs import MODEL_CONFIGS
+from lavis.models.parts import Init
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +28,9 @@ def load_model(
 
     Raises ConfigError or RegistryError for unknown names, CheckpointError for missing weights.
     """
-    options = [] if checkpoint is None else ["load_finetuned=true", f"finetuned={json.dumps(checkpoint)}"]
-    config = load_model_config(name, model_type, options)
-    model = MODELS.get(name).from_config(config, device=device)
+    config = load_model_config(name, model_type)
+    init = {} if checkpoint is None else {"init": [Init(checkpoint)]}
+    model = MODELS.get(config.arch).from_config(config, device=device, **init)
     return model.train(not is_eval).to(device)
 
 
@@ -73,7 +73,9 @@ class ModelZoo:
     """Architectures and their types; printing it gives a table, iterating gives (architecture, types)."""
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        return ((arch, model_types(arch)) for arch in MODEL_CONFIGS.list())
+        folders = sorted(path.name for path in (CONFIGS_ROOT / "models").iterdir() if model_types(path.name))
+        types = {folder: model_types(folder) for folder in folders}
+        return ((name, t) for name, t in types.items() if load_model_config(name, t[0]).arch in MODELS)
 
     def __str__(self) -> str:
         return _table(("Architectures", "Types"), [(arch, ", ".join(types)) for arch, types in self])

@@ -61,27 +61,18 @@ def test_recipes_and_saved_configurations_are_read(kept, name):
 def test_keys_of_a_recipe_keep_their_meaning(kept):
     recipe = load_recipe("recipes/lora.yaml")
     model, run = recipe.model, recipe.run
-    assert (model.arch, model.llm_model, model.vit.embed_dim, model.qformer.hidden_size) == (
-        "minigpt4qwen",
+    tower, connector, llm = model.tower, model.connector, model.llm
+    assert (tower.name, connector.name, llm.weights, tower.embed_dim, connector.qformer.hidden_size) == (
+        "eva_clip_g",
+        "qformer_linear",
         "tiny/llm",
         32,
         32,
     )
-    assert (
-        model.freeze_vit
-        and model.freeze_qformer
-        and model.freeze_queries
-        and model.freeze_llm
-        and not model.freeze_proj
-    )
-    assert (model.get_lora, model.lora_parts, model.lora_r, model.lora_alpha, model.lora_dropout) == (
-        True,
-        ["llm"],
-        2,
-        8,
-        0.2,
-    )
-    assert (model.num_query_token, model.image_size, model.max_txt_len) == (4, 64, 128)
+    assert (tower.train, connector.train_qformer, connector.train_queries) == ("frozen", "frozen", False)
+    assert (connector.train, llm.train) == ("full", "lora")
+    assert (llm.lora.rank, llm.lora.alpha, llm.lora.dropout, llm.lora.targets) == (2, 8, 0.2, "linear")
+    assert (connector.num_query_token, tower.image_size, model.max_length) == (4, 64, 128)
     assert list(recipe.datasets) == ["minigpt4_instruction", "llava_instruction"]
     info = recipe.datasets["minigpt4_instruction"].build_info
     assert info.annotations["train"].storage == ["data/train.json"] and info.images.storage == "data/pictures"

@@ -9,19 +9,20 @@ from torch import nn
 
 import lavis
 from lavis.core.errors import ConfigError, RegistryError
-from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.configs import VlmConfig
+from lavis.models.parts import Init
 
 
 class Built(nn.Module):
     """Stands for a model too large for a test; remembers what it was asked for."""
 
-    def __init__(self, config: MiniGPT4QwenConfig) -> None:
+    def __init__(self, config: VlmConfig, init: list[Init]) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.init = config, init
 
     @classmethod
-    def from_config(cls, config: MiniGPT4QwenConfig, device="cpu") -> "Built":
-        return cls(config)
+    def from_config(cls, config: VlmConfig, device="cpu", init=()) -> "Built":
+        return cls(config, init)
 
 
 @pytest.fixture
@@ -32,15 +33,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_a_model_comes_with_its_defaults_mode_and_processors() -> None:
     model, vis, txt = lavis.load_model_and_preprocess("minigpt4qwen", "qwen14b_chat", is_eval=True)
-    assert (model.config.llm_model, model.training) == ("ckpt/Qwen-14B-Chat", False)
+    assert (model.config.llm.weights, model.training) == ("ckpt/Qwen-14B-Chat", False)
     assert vis["eval"](Image.new("RGB", (30, 50))).shape == (3, 224, 224)
     assert txt["eval"]("What is this?") == "What is this?"
 
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_checkpoint_is_loaded_on_top() -> None:
-    config = lavis.load_model("minigpt4qwen", "qwen7b_chat", checkpoint="out/model: 1.pth").config
-    assert (config.load_finetuned, config.finetuned) == (True, "out/model: 1.pth")
+    model = lavis.load_model("minigpt4qwen", "qwen7b_chat", checkpoint="out/model: 1.pth")
+    assert model.init == [Init("out/model: 1.pth")]
 
 
 def test_unknown_names_suggest_near_ones() -> None:

@@ -29,16 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export; the exit code."""
     from lavis.core.logging import setup_logging
-    from lavis.export.trained import export_peft, export_pth, open_run
+    from lavis.export.base import exporter_for
+    from lavis.export.trained import open_run
 
     setup_logging()
     trained, target = open_run(args.run), Path(args.target)
-    if args.format == "hf":
-        from lavis.export.hf import export_hf
-
-        files = list(export_hf(trained, target, precision=args.dtype, max_shard_size=args.max_shard_size).files)
-    else:
-        files = [export_pth(trained, target)] if args.format == "pth" else export_peft(trained, target)
+    exporter = exporter_for(args.format, trained.model)
+    precision, size = getattr(args, "dtype", "auto"), getattr(args, "max_shard_size", "5GB")
+    files = exporter.write(trained, target, precision=precision, max_shard_size=size).files
     print(f"{trained.checkpoint.path} ->")
     for file in files:
         print(f"  {file}  {file.stat().st_size / 1e6:.1f} MB")

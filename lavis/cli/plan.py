@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of each card: 24GiB, 22GB")
     parser.add_argument(
-        "--tokens", type=int, metavar="N", help="longest row (default: model.max_txt_len, or run.pack_length)"
+        "--tokens", type=int, metavar="N", help="longest row (default: model.max_length, or run.pack_length)"
     )
     parser.add_argument(
         "--images", type=int, metavar="N", help="images of a row (default 1, or as many as fit into a packed one)"
@@ -102,7 +102,7 @@ def _report(
         else f"this machine's CPU, {machine.memory / 2**30:.0f} GiB"
     )
     lines = [
-        f"{args.recipe} on {where}: {planner.config.llm_model}, rows of {planner.tokens} tokens with {planner.images}"
+        f"{args.recipe} on {where}: {planner.config.llm.weights or planner.llm_config.model_type}, rows of {planner.tokens} tokens with {planner.images}"
         f" image(s), {planner.samples} rows a step"
     ]
     f = whole.footprints[0]
@@ -121,8 +121,8 @@ def _report(
     lines.append("")
     if best is None:
         lines.append(
-            "Nothing fits: more or larger GPUs (--gpus, --gpu), a shorter model.max_txt_len, or"
-            " model.llm_quantization=int4."
+            "Nothing fits: more or larger GPUs (--gpus, --gpu), a shorter model.max_length, or"
+            " model.llm.quantization=int4."
         )
     else:
         lines += [f"Proposed: {best.layout}", f"  {command}"]
@@ -178,7 +178,7 @@ def _command(args: argparse.Namespace, plan: Plan) -> str:
     script = "train_pipeline.py" if layout.stages > 1 else "train.py"
     flags = f" --num-stages {layout.stages}" if layout.stages > 1 else " --use-deepspeed" if layout.zero else ""
     options = [*args.options, f"run.batch_size_train={plan.batch.rows}", f"run.accum_grad_iters={plan.micro_batches}"]
-    options.append(f"model.llm_grad_checkpoint={str(plan.recompute).lower()}")
+    options.append(f"model.llm.recompute={str(plan.recompute).lower()}")
     options += [f"run.deepspeed_config.zero_optimization.stage={layout.zero}"] if layout.zero else []
     launcher = f"python -m torch.distributed.run --nproc_per_node={layout.ranks}" if layout.ranks > 1 else "python"
     return f"{launcher} {script} --cfg-path {args.recipe}{flags} --options {shlex.join(options)}"

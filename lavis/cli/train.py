@@ -14,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train over a pipeline of N stages: short for --options run.runner=pipeline_runner run.num_stages=N",
     )
-    parser.add_argument(
-        "--llm-grad-ckpt", action="store_true", help="short for --options model.llm_grad_checkpoint=true"
-    )
+    parser.add_argument("--llm-grad-ckpt", action="store_true", help="short for --options model.llm.recompute=true")
     parser.add_argument("--use-deepspeed", action="store_true", help="short for --options run.runner=deepspeed_runner")
 
 
@@ -50,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     options += (
         ["run.runner=pipeline_runner", f"run.num_stages={args.num_stages}"] if args.num_stages is not None else []
     )
-    options += ["model.llm_grad_checkpoint=true"] if args.llm_grad_ckpt else []
+    options += ["model.llm.recompute=true"] if args.llm_grad_ckpt else []
     recipe = load_recipe(named_recipe(args), options)
 
     from lavis.train import train_recipe

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 from lavis.config.rules import generates_itself
 from lavis.core.paths import resolve
-from lavis.models.configs import Blip2QFormerStage1Config, CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
 
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
@@ -20,11 +19,6 @@ Kind = Literal["weights", "llm", "tokenizer", "annotations", "images", "checkpoi
 MADE_HERE = "shapes/"
 """Begins the names of parts of the shapes world, which `lavis shapes build` makes."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf"}
-_PARTS_OF_ARCH: dict[type, dict[str, Kind]] = {
-    MiniGPT4QwenConfig: {"llm_model": "llm"},
-    Blip2QFormerStage1Config: {"tokenizer": "tokenizer"},
-    CausalLMConfig: {"llm_model": "llm", "tokenizer": "tokenizer"},
-}
 
 
 @dataclass(frozen=True)
@@ -99,14 +93,9 @@ def is_complete(path: Path, kind: Kind) -> bool:
 
 def model_files(model: ModelConfig) -> Iterator[NeededFile]:
     """What a `model` section names."""
-    kinds: dict[str, Kind] = {}
-    if isinstance(model, VisionConfig):
-        kinds |= {"vit_pretrained": "weights", "pretrained": "weights"} if model.load_pretrained else {}
-        kinds |= {"finetuned": "weights"} if model.load_finetuned else {}
-    kinds |= _PARTS_OF_ARCH.get(type(model), {})
-    for key, kind in kinds.items():
-        if name := getattr(model, key):
-            yield NeededFile(f"model.{key}", kind, name)
+    found = list(model.files())
+    known = {file.name: file for file in reversed(found)}  # a file that two parts share is named once
+    return (NeededFile(*file) for file in found if known[file.name] is file)
 
 
 def _dataset_files(recipe: Recipe, name: str) -> Iterator[NeededFile]:

@@ -35,18 +35,18 @@ from lavis.config.layers import (
     where,
 )
 from lavis.config.rules import RULES
-from lavis.config.schema import DatasetConfig, ModelConfig, PreprocessConfig, RunConfig
+from lavis.config.schema import DatasetConfig, ModelConfig, PreprocessConfig, ProcessorConfig, ProcessorPair, RunConfig
 from lavis.config.typed import Problem, choices, defaults, iter_fields, join, read_dataclass
 from lavis.core.errors import ConfigError, RegistryError, did_you_mean
 from lavis.core.logging import warn_once
 from lavis.core.paths import CONFIGS_ROOT, PROJECTS_ROOT
-from lavis.core.registries import DATASETS
-from lavis.models.configs import MODEL_CONFIGS
+from lavis.core.registries import DATASETS, MODEL_CONFIGS
+from lavis.models.parts import MediaConfig
 
 __all__ = ["Recipe", "find_recipe", "load_dataset_config", "load_model_config", "load_preprocess_config", "load_recipe"]
 __all__ += ["missing_files", "model_types", "recipe_from_dict", "shipped_recipes", "validate"]
 
-SECTIONS = ("model", "datasets", "run")
+SECTIONS = ("model", "init", "datasets", "run")
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ class Recipe:
     run: RunConfig
     source: Path
     origins: dict[str, str]
+    init: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The sections as plain values; `recipe_from_dict` reads them back."""
         return {
             "model": dataclasses.asdict(self.model),
+            "init": self.init,
             "datasets": {name: dataclasses.asdict(config) for name, config in self.datasets.items()},
             "run": dataclasses.asdict(self.run),
         }
@@ -128,22 +130,34 @@ def recipe_from_dict(values: Mapping[str, Any], source: Path = Path("saved confi
 
 
 def load_model_config(arch: str, model_type: str = "default", options: Sequence[str] = ()) -> ModelConfig:
-    """The model section that `arch` and `model_type` mean by themselves; `options` are `key=value` within it."""
+    """The model section that `arch` and `model_type` (or the folder and file of a preset) mean by themselves; `options`
+    are `key=value` within it.
+    """
     chosen = Layer(SCHEMA, OmegaConf.create({"model": {"arch": arch, "model_type": model_type}}))
     layers = [chosen, options_layer([f"model.{o}" for o in options])]
     return _build([*_default_layers(layers), *layers], Path(arch)).model
 
 
 def load_preprocess_config(arch: str, model_type: str = "default") -> PreprocessConfig:
-    """The processors in the default YAML of a model; the schema's where that has no `preprocess` section."""
-    path = _model_yaml(arch, model_type)
-    if path is None:
-        return PreprocessConfig()
+    """The processors of a model's preset: the images' are its `media`, the texts' stand under `preprocess`."""
+    path = _preset_file(f"{arch}/{model_type}")
     layers, problems = translated([read_layer(path)])
-    config = read_dataclass(PreprocessConfig, resolved(layers, path).get("preprocess"), "preprocess", problems)
+    section = resolved(layers, path).get("preprocess")
+    config = read_dataclass(PreprocessConfig, section, "preprocess", problems)
     if problems:
         raise ConfigError(_report(problems, layers, layers[0].label))
+    model: Any = load_model_config(arch, model_type)
+    if model.sees:
+        config.vis_processor = processors(model.media, model.tower.image_size)
     return config
+
+
+def processors(media: MediaConfig, image_size: int) -> ProcessorPair:
+    """What is made of a picture's pixels, in training and otherwise."""
+    size = {"image_size": image_size, "mean": media.mean, "std": media.std}
+    size |= {"min_scale": media.min_scale, "max_scale": media.max_scale}
+    train = ProcessorConfig(name=media.train_processor or media.processor, **size)
+    return ProcessorPair(train, ProcessorConfig(name=media.processor, **size))
 
 
 def load_dataset_config(builder: str, path: str | Path | None = None) -> DatasetConfig:
@@ -187,26 +201,30 @@ def _check_sections(layer: Layer) -> None:
         raise ConfigError(f"{layer.label}: the recipe lacks the section {' and '.join(map(repr, missing))}.")
 
 
-def _arch(layers: Sequence[Layer]) -> tuple[str, str]:
-    """(arch, model_type) as the layers set them, or the schema's. Raises ConfigError for an unknown arch."""
-    model = merged(layers).get("model") or {}
-    if not isinstance(model, Mapping):
-        raise ConfigError(f"model: {model!r} is not a mapping ({layers[0].label}).")
-    arch, model_type = (str(model.get(k, getattr(ModelConfig, k))) for k in ("arch", "model_type"))
+def _arch(layers: Sequence[Layer]) -> str:
+    """The arch that the layers set, or the schema's. Raises ConfigError for an unknown one."""
+    arch = str(_model(layers).get("arch", ModelConfig.arch))
     try:
         MODEL_CONFIGS.get(arch)
     except RegistryError as e:
         raise ConfigError(f"model.arch ({where('model.arch', layers)}): {e}") from e
-    return arch, model_type
+    return arch
+
+
+def _model(layers: Sequence[Layer]) -> Mapping[str, Any]:
+    model = merged(layers).get("model") or {}
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"model: {model!r} is not a mapping ({layers[0].label}).")
+    return model
 
 
 def _default_layers(user: Sequence[Layer]) -> list[Layer]:
     """The YAML files below the user's layers: the model's, the datasets'. As they are written, as `user` is."""
     today = translated(user)[0]
-    arch, model_type = _arch(today)
-    path = _model_yaml(arch, model_type, where("model.model_type", today))
-    datasets = [p for name in _dataset_names(today) if (p := CONFIGS_ROOT / "datasets" / f"{name}.yaml").exists()]
-    return [read_layer(p) for p in ([path] if path else []) + datasets]
+    preset = _model(today).get("preset")
+    files = [_preset_file(str(preset), place("model.preset", today))] if preset else []
+    files += [p for name in _dataset_names(today) if (p := CONFIGS_ROOT / "datasets" / f"{name}.yaml").exists()]
+    return [read_layer(p) for p in files]
 
 
 def _dataset_names(layers: Sequence[Layer]) -> list[str]:
@@ -216,23 +234,29 @@ def _dataset_names(layers: Sequence[Layer]) -> list[str]:
     return list(map(str, datasets))
 
 
-def _model_yaml(arch: str, model_type: str, written: str = "") -> Path | None:
-    """The default YAML of a model type; None for the type `default` of an arch that has none."""
-    path = CONFIGS_ROOT / "models" / arch / f"{model_type}.yaml"
+def _preset_file(preset: str, written: tuple[str, str] = ("model.preset", "")) -> Path:
+    """The YAML file of a preset. Raises ConfigError naming the nearest; `written`: its key and where it stands."""
+    path = CONFIGS_ROOT / "models" / f"{preset}.yaml"
     if path.exists():
         return path
-    if model_type == ModelConfig.model_type:
-        return None
-    known = model_types(arch)
-    at, hint = f" ({written})" if written else "", did_you_mean(model_type, known)
-    raise ConfigError(f"model.model_type{at}: {arch} has no type {model_type!r}.{hint} Known: {', '.join(known)}.")
+    folder, _, name = preset.rpartition("/")
+    key, at = written
+    start = f"{key} ({at}): " if at else f"{key}: "
+    known = model_types(folder)
+    if not known:
+        folders = sorted(p.name for p in (CONFIGS_ROOT / "models").iterdir() if p.is_dir())
+        raise ConfigError(
+            f"{start}unknown model {folder or preset!r}.{did_you_mean(folder or preset, folders)} Known: {', '.join(folders)}."
+        )
+    raise ConfigError(f"{start}{folder} has no type {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 
 def _schema_layer(layers: Sequence[Layer]) -> Layer:
     """The defaults of every key that a recipe of these layers can have."""
-    arch, model = _arch(layers)[0], merged(layers).get("model") or {}
+    arch, model = _arch(layers), _model(layers)
     values = {
         "model": {**defaults(MODEL_CONFIGS.get(arch), model), "arch": arch},
+        "init": [],
         "datasets": {name: defaults(DatasetConfig, {}) for name in _dataset_names(layers)},
         "run": defaults(RunConfig, {}),
     }
@@ -256,14 +280,14 @@ def _build(written: Sequence[Layer], source: Path) -> Recipe:
     run = read_dataclass(RunConfig, values["run"], "run", problems)
     if problems:
         raise ConfigError(_report(problems, layers, label(source)))
-    recipe = Recipe(model, datasets, run, source, {})
+    recipe = Recipe(model, datasets, run, source, {}, init=values["init"] or [])
     recipe.origins.update({key: origin(key, layers).label for key in recipe.flat()})
     return recipe
 
 
 def _with_defaults(layers: Sequence[Layer]) -> list[Layer]:
     """The layers above the schema's, less what they say about parts that another one above them takes the place of."""
-    chosen = dict(choices(MODEL_CONFIGS.get(_arch(layers)[0]), "model"))
+    chosen = dict(choices(MODEL_CONFIGS.get(_arch(layers)), "model"))
     for key, name in chosen.items():
         layers = _without_replaced(layers, key, name)
     schema = _schema_layer(layers)

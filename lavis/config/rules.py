@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lavis.config.deepspeed import DEEPSPEED_RUNNERS
 from lavis.config.schema import as_list
-from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
+from lavis.models.parts import Init
 
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
@@ -21,76 +21,55 @@ def generates_itself(dataset: str) -> bool:
     return dataset.startswith("shapes_")
 
 
-def _vision_dimensions(recipe: Recipe) -> Iterator[str]:
-    model = recipe.model
-    if not isinstance(model, VisionConfig):
-        return
-    vit = model.vit_dimensions()
-    patch, width, heads = vit["patch_size"], vit["embed_dim"], vit["num_heads"]
-    if model.image_size % patch:
-        yield f"model.image_size {model.image_size} is not a multiple of the patch size {patch} (model.vit.patch_size)."
-    if width % heads:
-        yield f"model.vit: width {width} (embed_dim) can't be split over {heads} heads (num_heads): choose a divisor."
-    q = model.qformer
-    if q.hidden_size % q.num_attention_heads:
-        heads = q.num_attention_heads
-        yield f"model.qformer: hidden_size {q.hidden_size} can't be split over {heads} heads (num_attention_heads)."
-    for name, dataset in recipe.datasets.items():
+def _model(recipe: Recipe) -> Iterator[str]:
+    yield from recipe.model.problems()
+    if not recipe.model.trained and not recipe.run.evaluate:
+        yield "nothing would be trained, everything is frozen: set model.connector.train=full, or run.evaluate=true."
+
+
+def _image_size(recipe: Recipe) -> Iterator[str]:
+    tower = getattr(recipe.model, "tower", None)
+    for name, dataset in recipe.datasets.items() if tower else ():
         for kind in ("train", "eval") if dataset.data_type != "text" else ():
             size = getattr(dataset.vis_processor, kind).image_size
-            if size != model.image_size:
+            if size != tower.image_size:
                 key = f"datasets.{name}.vis_processor.{kind}.image_size"
-                yield f"{key} is {size} but model.image_size is {model.image_size}: set both to the same."
+                yield f"{key} is {size} but model.tower.image_size is {tower.image_size}: set both to the same."
 
 
-def _something_to_train(recipe: Recipe) -> Iterator[str]:
-    model = recipe.model
-    if not isinstance(model, MiniGPT4QwenConfig):
-        return
-    frozen = all((model.freeze_vit, model.freeze_qformer, model.freeze_queries, model.freeze_llm, model.freeze_proj))
-    if frozen and not (model.unfreeze_pos_embed or model.get_lora or recipe.run.evaluate):
-        yield "nothing would be trained, everything is frozen: set model.freeze_proj=false, or run.evaluate=true."
-    if model.llm_quantization and not model.freeze_llm:
+def _chat_only(recipe: Recipe) -> Iterator[str]:
+    llm = getattr(recipe.model, "llm", None)
+    if llm and llm.device_map and not recipe.run.evaluate:
         yield (
-            f"model.llm_quantization {model.llm_quantization} keeps the LLM's weights in integers, which can't be"
-            " trained: set model.freeze_llm=true."
+            f"model.llm.device_map {llm.device_map} is for chat and evaluation: set it to null; training splits an LLM"
+            " with the pipeline."
         )
-    if model.llm_device_map and not recipe.run.evaluate:
+
+
+def _frozen_weights(recipe: Recipe) -> Iterator[str]:
+    tower = getattr(recipe.model, "tower", None)
+    started = {part for item in recipe.init for part in item.get("parts") or ["tower"]}
+    if tower and not (tower.weights or "tower" in started or any(recipe.model.changing())):
         yield (
-            f"model.llm_device_map {model.llm_device_map} is for chat and evaluation: set it to null; training splits"
-            " an LLM with the pipeline."
+            "the vision tower is frozen but has no weights: name model.tower.weights, start it from a run with `init`,"
+            " or train it (model.tower.train=full)."
         )
-    if model.get_lora and not model.lora_parts:
-        yield "model.get_lora needs a part to adapt: name llm, vit or qformer in model.lora_parts."
-    for part in model.lora_parts if model.get_lora else ():
-        if not getattr(model, f"freeze_{part}") or (part == "vit" and model.unfreeze_pos_embed):
-            yield (
-                f"model.get_lora adapts a frozen {part}, but model.freeze_{part} is false (or a part of it is trained):"
-                " choose one of the two."
-            )
-    if not (model.pretrained or model.load_finetuned) and model.freeze_vit and model.freeze_qformer:
-        yield (
-            "the vision tower is frozen but has no weights: name model.pretrained, or train it (model.freeze_vit=false,"
-            " model.freeze_qformer=false)."
-        )
+
+
+def _init(recipe: Recipe) -> Iterator[str]:
+    for i, values in enumerate(recipe.init):
+        yield from Init.read(values, f"init.{i}")[1]
 
 
 def _feature_cache(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
     if not recipe.run.cache_features:
         return
-    if not isinstance(model, MiniGPT4QwenConfig):
-        yield f"run.cache_features needs the arch minigpt4qwen, not {model.arch}: set it to false."
+    if not model.sees or model.row_format != "chat":
+        yield "run.cache_features needs a model that sees and answers: set it to false."
         return
-    thawed = [k for k in ("freeze_vit", "freeze_qformer", "freeze_queries") if not getattr(model, k)]
-    thawed += ["unfreeze_pos_embed"] if model.unfreeze_pos_embed else []
-    adapted = [p for p in ("vit", "qformer") if model.get_lora and p in model.lora_parts]
-    if thawed or adapted:
-        trained = [f"model.{k}={str(getattr(model, k)).lower()}" for k in thawed] + [f"LoRA on {p}" for p in adapted]
-        yield (
-            f"run.cache_features needs a frozen image encoder; yours is trained ({', '.join(trained)}): set it to"
-            " false."
-        )
+    if changing := ", ".join(model.changing()):
+        yield (f"run.cache_features needs a frozen image encoder; yours is trained ({changing}): set it to false.")
     for name, dataset in recipe.datasets.items():
         processor = dataset.vis_processor.train.name
         if (
@@ -109,8 +88,8 @@ def _feature_cache(recipe: Recipe) -> Iterator[str]:
 
 def _sizes(recipe: Recipe) -> Iterator[str]:
     run, model = recipe.run, recipe.model
-    if isinstance(model, (MiniGPT4QwenConfig, CausalLMConfig)) and run.packing and run.pack_length < model.max_txt_len:
-        longest = f"the longest sample, model.max_txt_len {model.max_txt_len}"
+    if model.row_format == "chat" and run.packing and run.pack_length < model.max_length:
+        longest = f"the longest sample, model.max_length {model.max_length}"
         yield f"run.pack_length {run.pack_length} is shorter than {longest}: raise the one or lower the other."
     if run.autocast_on_cpu and run.autocast_dtype == "fp16" and run.device != "cuda":
         yield "run.autocast_dtype fp16 does not work on the CPU: use bf16, or run.autocast_on_cpu=false."
@@ -149,31 +128,26 @@ def _annotation_addresses(recipe: Recipe) -> Iterator[str]:
                     yield f"{key}.{field} has {given} for the {files} of {key}.storage: give one for each file."
 
 
-TASKS_OF_ARCH = {
-    "minigpt4qwen": ("image_text_pretrain", "deepspeed_image_text_pretrain"),
-    "blip2_qformer": ("blip2_stage1",),
-    "causal_lm": ("language_modeling",),
-    "byte_level_bpe": ("tokenizer_training",),
-}
-
-
 def _task(recipe: Recipe) -> Iterator[str]:
-    run, arch = recipe.run, recipe.model.arch
-    tasks = TASKS_OF_ARCH.get(arch, (run.task,))
-    if run.task not in tasks:
-        yield f"run.task {run.task!r} does not train model.arch {arch!r}: set run.task={tasks[0]}."
-    if (arch == "byte_level_bpe") != (run.runner == "tokenizer_runner"):
+    run, model = recipe.run, recipe.model
+    if run.task not in model.tasks:
+        yield f"run.task {run.task!r} does not train model.arch {model.arch!r}: set run.task={model.tasks[0]}."
+    if (model.row_format is None) != (run.runner == "tokenizer_runner"):
         yield (
-            f"run.runner {run.runner!r} does not go with model.arch {arch!r}: tokenizer_runner is for byte_level_bpe,"
-            " and for nothing else."
+            f"run.runner {run.runner!r} does not go with model.arch {model.arch!r}: tokenizer_runner is for"
+            " byte_level_bpe, and for nothing else."
         )
-    wanted = "caption" if arch == "blip2_qformer" else "chat"
     for name, dataset in recipe.datasets.items():
-        if arch != "byte_level_bpe" and dataset.sample_format != wanted:
-            yield f"datasets.{name}.sample_format is {dataset.sample_format}, but model.arch {arch!r} takes {wanted}."
-    if arch == "blip2_qformer" and run.packing:
+        if model.row_format not in (None, dataset.sample_format):
+            yield (
+                f"datasets.{name}.sample_format is {dataset.sample_format}, but model.arch {model.arch!r} takes"
+                f" {model.row_format}."
+            )
+        if model.row_format == "chat" and not model.sees and dataset.data_type != "text":
+            yield f"datasets.{name}.data_type is images, but the model has no tower: set it to text, or give a tower."
+    if model.row_format == "caption" and run.packing:
         yield (
-            "run.packing does not go with blip2_qformer, which compares images with captions row by row: set it to"
+            f"run.packing does not go with {model.arch}, which compares images with captions row by row: set it to"
             " false."
         )
 
@@ -187,10 +161,10 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
     if stage not in (0, 1, 2, 3):
         yield f"{key} is {stage!r}: it is 0, 1, 2 or 3."
-    quantization = getattr(recipe.model, "llm_quantization", None)
+    quantization = getattr(getattr(recipe.model, "llm", None), "quantization", None)
     if stage == 3 and quantization:
         yield (
-            f"model.llm_quantization {quantization} does not go with ZeRO-3, which splits weights: set"
+            f"model.llm.quantization {quantization} does not go with ZeRO-3, which splits weights: set"
             f" it to null, or {key}=2."
         )
     if run.runner == "pipeline_runner":
@@ -204,20 +178,17 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
 
 def _pipeline(recipe: Recipe, stage: Any) -> Iterator[str]:
     run, model = recipe.run, recipe.model
-    if not isinstance(model, MiniGPT4QwenConfig):
-        yield (
-            f"run.runner pipeline_runner cuts the LLM of a minigpt4qwen, but model.arch is {model.arch}: set"
-            " run.runner=runner_base."
-        )
+    if not model.splits:
+        yield f"run.runner pipeline_runner cuts an LLM, which {model.arch} has not: set run.runner=runner_base."
         return
     if stage:
         yield (
             f"run.deepspeed_config.zero_optimization.stage is {stage}: a pipeline keeps each stage's optimiser whole."
             " Set it to 0."
         )
-    if model.llm_quantization:
+    if model.llm.quantization:
         yield (
-            f"model.llm_quantization {model.llm_quantization} does not go with a pipeline: set it to null, or"
+            f"model.llm.quantization {model.llm.quantization} does not go with a pipeline: set it to null, or"
             " run.runner=runner_base."
         )
     if run.export:
@@ -230,8 +201,11 @@ def _pipeline(recipe: Recipe, stage: Any) -> Iterator[str]:
 
 RULES = (
     _task,
-    _vision_dimensions,
-    _something_to_train,
+    _model,
+    _image_size,
+    _chat_only,
+    _frozen_weights,
+    _init,
     _feature_cache,
     _sizes,
     _dataset_names,

@@ -6,9 +6,10 @@ The models' own sections are in lavis/models/configs.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, Optional
+from typing import Any, ClassVar, NamedTuple, Optional
 
 
 def opt(
@@ -41,15 +42,66 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+class NamedFile(NamedTuple):
+    """A file or folder that a section names: dotted key, kind (weights, llm, tokenizer, checkpoint), and its name."""
+
+    key: str
+    kind: str
+    name: str
+
+
 @dataclass
 class ModelConfig:
-    """Keys common to all models."""
+    """Keys common to all models, and what the rest of the program asks of a model before it is built."""
 
-    arch: str = opt("minigpt4qwen", "name of the model in the registry")
-    model_type: str = opt("default", "which of the model's default YAML files applies (qwen7b_chat, qwen14b_chat, ...)")
+    arch: str = opt("vlm", "name of the model in the registry")
+    preset: Optional[str] = opt(None, "YAML file of defaults below lavis/configs/models, such as minigpt4qwen/shapes")
     chat_template: Optional[str] = opt(
         None, "Jinja template of conversations, for an LLM that brings none; null = the tokenizer's, else ChatML"
     )
+
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """Tasks that can train it; the first one is proposed."""
+    row_format: ClassVar[str | None] = None
+    """What it reads rows as: chat or caption; None for text that is not encoded."""
+    splits: ClassVar[bool] = False
+    """Whether a pipeline can cut it into stages."""
+
+    @property
+    def sees(self) -> bool:
+        """Whether it reads images."""
+        return False
+
+    def changing(self) -> Iterator[str]:
+        """Settings, as `key=value`, that let an image's vectors change while training, so that they can't be stored."""
+        yield from ()
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything of it is trained."""
+        return True
+
+    @property
+    def recomputes(self) -> Any:
+        """Whether activations are recomputed in backward: true, false, or auto where a runner has to settle it."""
+        return False
+
+    def with_recomputation(self, on: bool) -> ModelConfig:
+        """The same with `recomputes` settled."""
+        return self
+
+    def problems(self) -> Iterator[str]:
+        """Sentences about values of the section that can't work together."""
+        yield from ()
+
+    def files(self) -> Iterator[NamedFile]:
+        """Files and folders that it names."""
+        yield from ()
+
+    @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """(dotted key, folder or hub name) of its tokenizer."""
+        return "model.tokenizer", None
 
 
 @dataclass

@@ -9,11 +9,36 @@ from lavis.core.registry import Registry
 MODELS: Registry[Any] = Registry(
     "model",
     lazy={
-        "minigpt4qwen": "lavis.models.minigpt4qwen",
+        "vlm": "lavis.models.vlm",
         "blip2_qformer": "lavis.models.blip2_qformer",
-        "causal_lm": "lavis.models.causal_lm",
     },
 )
+MODEL_CONFIGS: Registry[Any] = Registry(
+    "model", lazy=dict.fromkeys(["vlm", "blip2_qformer", "byte_level_bpe"], "lavis.models.configs")
+)
+"""Name of a model to the dataclass of its `model` section, torch-free."""
+TOWERS: Registry[Any] = Registry(
+    "vision tower",
+    lazy={"eva_clip_g": "lavis.models.towers.eva"},
+    configs={"eva_clip_g": "lavis.models.part_configs:EvaConfig"},
+)
+CONNECTORS: Registry[Any] = Registry(
+    "connector",
+    lazy={"qformer_linear": "lavis.models.connectors.qformer_linear"},
+    configs={"qformer_linear": "lavis.models.part_configs:QFormerLinearConfig"},
+)
+EXPORTERS: Registry[Any] = Registry(
+    "export format",
+    lazy={
+        "blip2": "lavis.export.hf",
+        "text_llm": "lavis.export.text_llm",
+        "peft": "lavis.export.files",
+        "pth": "lavis.export.files",
+    },
+)
+HF_MODELS: Registry[Any] = Registry("transformers model type", lazy={"blip-2": "lavis.models.hf.blip2"})
+"""model_type of a transformers folder to what reads it as a Vlm: config(values, where), tensors(tensors) and
+image_token_id(values) of the values in its config.json."""
 DATASETS: Registry[Any] = Registry(
     "dataset",
     lazy=dict.fromkeys(

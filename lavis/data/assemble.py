@@ -10,7 +10,6 @@ from lavis.core.paths import resolve
 from lavis.core.registries import DATASETS
 from lavis.data.builders import InstructionBuilder
 from lavis.data.prepare import PreparedTable, prepare
-from lavis.models.configs import Blip2QFormerStage1Config, CausalLMConfig, MiniGPT4QwenConfig
 from lavis.tokens.template import CaptionTemplate, ChatTemplate, ensure_image_token
 from lavis.weights.gguf import gguf_arguments, is_gguf
 from lavis.weights.qwen1_format import is_qwen1
@@ -25,12 +24,10 @@ Template = ChatTemplate | CaptionTemplate
 
 def tokenizer_key(model: ModelConfig) -> tuple[str, str]:
     """The recipe's key that names the model's tokenizer, and its value. Raises ConfigError if the model has none."""
-    if isinstance(model, (MiniGPT4QwenConfig, CausalLMConfig, Blip2QFormerStage1Config)):
-        keys = ("llm_model",) if isinstance(model, MiniGPT4QwenConfig) else ("tokenizer", "llm_model")
-        for key in keys:
-            if value := vars(model).get(key):
-                return f"model.{key}", value
-    raise ConfigError(f"model {model.arch!r} names no tokenizer: set model.tokenizer or model.llm_model.")
+    key, name = model.tokenizer_source
+    if name is None:
+        raise ConfigError(f"model {model.arch!r} names no tokenizer: set {key}.")
+    return key, name
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
@@ -61,18 +58,16 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
         raise DataError(f"the tokenizer in {folder} is not a fast one: save a tokenizer.json beside it.")
     if model.chat_template:
         tokenizer.chat_template = model.chat_template
-    if isinstance(model, MiniGPT4QwenConfig):
+    if model.sees and model.row_format == "chat":
         ensure_image_token(tokenizer)
     return tokenizer
 
 
 def make_template(model: ModelConfig, dataset: DatasetConfig, tokenizer: PreTrainedTokenizerFast) -> Template:
     """The template in which a dataset's conversations reach the model."""
-    max_length = model.max_txt_len
     if dataset.sample_format == "caption":
-        return CaptionTemplate(tokenizer, max_length)
-    queries = model.num_query_token if isinstance(model, MiniGPT4QwenConfig) else 0
-    return ChatTemplate(tokenizer, queries, dataset.supervise, max_length)
+        return CaptionTemplate(tokenizer, model.max_length)
+    return ChatTemplate(tokenizer, model.tokens_per_tile, dataset.supervise, model.max_length)
 
 
 def make_builders(recipe: Recipe) -> list[InstructionBuilder]:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ import torch
 from lavis.core.dist import World
 from lavis.core.paths import cache_root
 from lavis.data.loader import ImageSource
-from lavis.models.vision import Blip2Base
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class CachedFeatures:
 
 
 def cache_features(
-    model: Blip2Base, paths: Sequence[str], images: ImageSource, processor: str, world: World, batch_size: int = 64
+    model: Any, paths: Sequence[str], images: ImageSource, processor: str, world: World, batch_size: int = 64
 ) -> CachedFeatures:
     """The query vectors of every image in `paths` by `model`'s frozen tower, from cache/features if they are there
     already.
@@ -58,10 +58,12 @@ def cache_features(
 
 
 def _encode(
-    model: Blip2Base, paths: list[str], images: ImageSource, file: Path, device: torch.device, batch_size: int
+    model: Any, paths: list[str], images: ImageSource, file: Path, device: torch.device, batch_size: int
 ) -> None:
     started = time.perf_counter()
-    shape = (len(paths), model.query_tokens.shape[1], model.query_tokens.shape[2])
+    tower = model.config.tower
+    vectors = model.config.connector.encoded(tower.span(), tower.width())
+    shape = (len(paths), *vectors)
     temp = file.with_suffix(f".{os.getpid()}.tmp")
     table = np.lib.format.open_memmap(temp, mode="w+", dtype=np.float32, shape=shape)
     training = model.training
@@ -79,12 +81,11 @@ def _encode(
     log.info("encoded %d images in %.1f s (%d could not be read)", len(paths), time.perf_counter() - started, bad)
 
 
-def _fingerprint(model: Blip2Base, paths: list[str], processor: str) -> str:
+def _fingerprint(model: Any, paths: list[str], processor: str) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(("llm_model.", "llm_proj.")):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    for name, tensor in sorted(model.encoder_tensors().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
     digest.update(processor.encode())
     for path in paths:
         info = os.stat(path) if os.path.exists(path) else None

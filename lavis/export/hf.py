@@ -4,56 +4,81 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any
 
 import torch
-from torch import nn
 
+from lavis.config.recipe import processors
 from lavis.core.errors import CheckpointError, ConfigError
-from lavis.core.registries import TASKS
+from lavis.core.registries import EXPORTERS, TASKS
 from lavis.data.image import image_processor
-from lavis.export.blip2 import as_blip2, blip2_config
+from lavis.export.base import Exporter, Precision, Written
 from lavis.export.hf_processor import write_processor
 from lavis.export.model_card import model_card
 from lavis.export.trained import Trained
+from lavis.models.adapters import merge_lora
+from lavis.models.configs import VlmConfig
+from lavis.models.hf.blip2 import as_blip2, blip2_config
 from lavis.models.llm import DTYPES
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.part_configs import EvaConfig, QFormerLinearConfig
+from lavis.models.parts import inits
+from lavis.models.vlm import Vlm
 from lavis.objectives.base import Task
 from lavis.runs.checkpoint import identity
 from lavis.runs.folder import frozen_differences
 from lavis.weights.tensors import load_tensors
 
-if TYPE_CHECKING:
-    from lavis.tokens.template import ChatTemplate
-
 log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 512
 """Longest answer by default, as in the original's demos."""
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-@dataclass(frozen=True)
-class HfExport:
-    """What was written.
+@EXPORTERS.register("blip2")
+class Blip2Exporter(Exporter):
+    """Model, processor, generation settings and model card, for Blip2ForConditionalGeneration."""
 
-    `differences`: probe prompts that transformers encodes otherwise than this program, normally none.
+    def problem(self, config: VlmConfig) -> str | None:
+        """See Exporter."""
+        if config.tower is None or config.connector is None:
+            return "Blip2ForConditionalGeneration has a vision tower, this model has none."
+        wanted = (EvaConfig().name, QFormerLinearConfig().name)
+        if (config.tower.name, config.connector.name) != wanted:
+            return (
+                f"Blip2ForConditionalGeneration is {' + '.join(wanted)}, this model is {config.tower.name} +"
+                f" {config.connector.name}."
+            )
+        return None
+
+    def write(self, trained: Trained, target: Path, *, precision: Precision, max_shard_size: str) -> Written:
+        """See Exporter."""
+        return export_hf(trained, target, precision=precision, max_shard_size=max_shard_size)
+
+
+def export_hf(trained: Trained, folder: Path, *, precision: Precision = "auto", max_shard_size: str = "5GB") -> Written:
+    """Write what Blip2Exporter says to `folder`; weights in files of at most `max_shard_size`.
+
+    Raises ConfigError when the folder is not empty, CheckpointError when the run's frozen weights have changed since.
     """
+    task = open_task(trained, folder)
+    model = build(trained, task, precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_model(model, task.template, folder, max_shard_size)
+    tower, media = trained.model.tower, trained.model.media
+    assert tower is not None
+    image = image_processor(processors(media, tower.image_size).eval)
+    differences = write_processor(folder, task.tokenizer, task.template, image)
+    for difference in differences:
+        log.warning("stock transformers reads this prompt otherwise: %s", difference)
+    (folder / "README.md").write_text(model_card(trained, differences), encoding="utf-8")
+    return Written(folder, tuple(sorted(folder.iterdir())), tuple(differences))
 
-    folder: Path
-    files: tuple[Path, ...]
-    differences: tuple[str, ...]
 
+def open_task(trained: Trained, folder: Path) -> Task:
+    """The task of a run that is about to be written to `folder`.
 
-def export_hf(
-    trained: Trained, folder: Path, *, precision: Precision = "auto", max_shard_size: str = "5GB"
-) -> HfExport:
-    """Write model, processor, generation settings and model card to `folder`; weights in files of at most
-    `max_shard_size`.
-
-    precision: of all weights; `auto` keeps a frozen LLM's as its own files have them and writes the rest in fp32.
     Raises ConfigError when the folder is not empty, CheckpointError when the run's frozen weights have changed since.
     """
     if folder.exists() and any(folder.iterdir()):
@@ -66,44 +91,23 @@ def export_hf(
             f"{trained.checkpoint.path} was trained with other frozen weights than those there now: model.{names}. Put"
             " those back."
         )
-    model = build(trained, task, precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_model(model, task.template, folder, max_shard_size)
-    dataset = next(iter(trained.recipe.datasets.values()))
-    template = cast("ChatTemplate", task.template)  # a model that sees and answers has no other
-    differences = write_processor(folder, task.tokenizer, template, image_processor(dataset.vis_processor.eval))
-    for difference in differences:
-        log.warning("stock transformers reads this prompt otherwise: %s", difference)
-    (folder / "README.md").write_text(model_card(trained, differences), encoding="utf-8")
-    return HfExport(folder, tuple(sorted(folder.iterdir())), tuple(differences))
+    return task
 
 
-def build(trained: Trained, task: Task, precision: Precision = "auto") -> MiniGPT4Qwen:
+def build(trained: Trained, task: Task, precision: Precision = "auto") -> Vlm:
     """The trained model on the CPU, its LoRA adapters merged, in eval mode."""
     # A quantised LLM has lost its weights: the ones it was made from are exported.
-    config = replace(trained.model, llm_quantization=None, llm_device_map=None)
-    llm_frozen = config.freeze_llm and not (config.get_lora and "llm" in config.lora_parts)
-    model = MiniGPT4Qwen.from_config(
-        config, task.tokenizer, llm_dtype="auto" if precision == "auto" and llm_frozen else torch.float32
-    )
+    config = replace(trained.model, llm=replace(trained.model.llm, quantization=None, device_map=None))
+    as_stored = precision == "auto" and config.llm.train == "frozen"
+    init = inits(trained.recipe.init)
+    model = Vlm.from_config(config, task.tokenizer, llm_dtype="auto" if as_stored else torch.float32, init=init)
     tensors = trained.checkpoint.tensors()
-    load_tensors(
-        model, tensors, file=trained.checkpoint.path, wanted=lambda name: name in tensors, ignored=lambda name: False
-    )
+    load_tensors(model, tensors, file=trained.checkpoint.path, wanted=lambda name: name in tensors)
     merge_lora(model)
     return (model if precision == "auto" else model.to(DTYPES[precision])).eval()
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Add the LoRA adapters of `model` to the weights they belong to, and take them out."""
-    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
-
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
-        layer.merge()
-        model.set_submodule(name, layer.get_base_layer())
-
-
-def _write_model(model: MiniGPT4Qwen, template: Any, folder: Path, max_shard_size: str) -> None:
+def _write_model(model: Vlm, template: Any, folder: Path, max_shard_size: str) -> None:
     _give_placeholder_a_row(model, template.pad_token_id)
     config = blip2_config(model, template.stop_token_ids, template.pad_token_id)
     blip2 = as_blip2(model, config)
@@ -118,14 +122,14 @@ def _write_model(model: MiniGPT4Qwen, template: Any, folder: Path, max_shard_siz
     blip2.config.save_pretrained(folder)
 
 
-def _give_placeholder_a_row(model: MiniGPT4Qwen, like: int) -> None:
+def _give_placeholder_a_row(model: Vlm, like: int) -> None:
     """Add embedding rows up to the image placeholder's, if it was added to the tokenizer: stock transformers looks it
     up before it replaces it.
 
     New rows equal row `like`, the padding's, which is never generated: so the new ids aren't either.
     """
     llm = model.llm_model
-    rows = cast(torch.Tensor, llm.get_input_embeddings().weight).shape[0]
+    rows = llm.get_input_embeddings().weight.shape[0]
     if model.image_token_id < rows:
         return
     llm.resize_token_embeddings(model.image_token_id + 1, mean_resizing=False)

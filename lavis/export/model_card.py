@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder = "."
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)  # or torch.bfloat16, device_map="auto"
+model.vision_model.post_layernorm.eps = 1e-5  # as in training; transformers has the blocks' 1e-6 here
 processor = AutoProcessor.from_pretrained(folder, backend="pil")
 
 question = {"type": "text", "text": "What is in the picture?"}
@@ -77,7 +78,7 @@ def model_card(trained: Trained, differences: Sequence[str]) -> str:
     """The card of `trained`; `differences` are prompts that transformers encodes otherwise."""
     return _CARD.format(
         name=f"{trained.run_folder.parent.name}, {trained.checkpoint.path.name}",
-        llm=trained.model.llm_model,
+        llm=trained.model.llm.weights,
         version=lavis.__version__,
         snippet=SNIPPET,
         prompts=_prompts(differences),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 import yaml
@@ -17,20 +17,14 @@ from safetensors.torch import save_file
 from lavis.config.recipe import Recipe, recipe_from_dict
 from lavis.core.errors import CheckpointError
 from lavis.core.paths import resolve
-from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.configs import VlmConfig
 from lavis.runs.checkpoint import Checkpoint, best_checkpoint, complete_checkpoints, find_checkpoint
+from lavis.weights.lavis_names import original_names
 from lavis.weights.qwen1_format import is_qwen1, qwen1_names, qwen2_names
 from lavis.weights.tensors import write_tensors
 
 Tensors = dict[str, torch.Tensor]
 LLM = "llm_model."
-
-_TO_ORIGINAL = (
-    (r"^Qformer\.layernorm\.", "Qformer.bert.embeddings.LayerNorm."),
-    (r"^Qformer\.encoder\.", "Qformer.bert.encoder."),
-    (r"^(Qformer\..*\.(?:cross)?attention)\.attention\.", r"\1.self."),
-)
-"""Our names of the Q-Former to LAVIS's; the other parts are called the same."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +35,15 @@ class Trained:
     recipe: Recipe
 
     @property
-    def model(self) -> MiniGPT4QwenConfig:
-        """The recipe's `model` section."""
-        assert isinstance(self.recipe.model, MiniGPT4QwenConfig)
-        return self.recipe.model
+    def model(self) -> VlmConfig:
+        """The recipe's `model` section. Raises CheckpointError if it is of a model without an LLM."""
+        model: Any = self.recipe.model
+        if model.row_format != "chat":
+            raise CheckpointError(
+                f"{self.checkpoint.path} is of a {model.arch}: only models with an LLM are exported. Others are written"
+                " by run.export at the end of a run."
+            )
+        return model
 
     @property
     def run_folder(self) -> Path:
@@ -55,14 +54,10 @@ class Trained:
 def open_run(where: str | Path) -> Trained:
     """The checkpoint in `where`: a step folder itself, or a run folder's best, or its last when none was validated.
 
-    Raises CheckpointError when there is none, or none of a model with an LLM that sees.
+    Raises CheckpointError when there is none, or none of a model with an LLM.
     """
     trained = open_any_run(where)
-    if not isinstance(trained.recipe.model, MiniGPT4QwenConfig):
-        raise CheckpointError(
-            f"{trained.checkpoint.path} is of a {trained.recipe.model.arch}: only minigpt4qwen is exported. "
-            "Other models are written by run.export at the end of a run."
-        )
+    assert trained.model
     return trained
 
 
@@ -88,17 +83,14 @@ def export_pth(trained: Trained, target: Path) -> Path:
         )
     file = target if target.suffix == ".pth" else target / "model.pth"
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": original_tensors(tensors, first_generation=is_qwen1(resolve(trained.model.llm_model)))}, file)
+    qwen1 = is_qwen1(resolve(trained.model.llm.weights or ""))
+    torch.save({"model": original_tensors(tensors, first_generation=qwen1)}, file)
     return file
 
 
 def original_tensors(tensors: Tensors, *, first_generation: bool = False) -> Tensors:
     """`tensors` under the original's names; a trained LLM's under those of first-generation Qwen if it is one."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in _TO_ORIGINAL:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+    renamed = original_names(tensors)
     return _with_qwen1_names(renamed) if first_generation else renamed
 
 
@@ -123,29 +115,29 @@ def export_peft(trained: Trained, folder: Path) -> list[Path]:
     adapters = {_peft_name(name): t for name, t in tensors.items() if name.startswith(LLM) and ".lora_" in name}
     if not adapters:
         raise CheckpointError(
-            f"{trained.checkpoint.path} holds no LoRA adapters of the LLM (model.get_lora is"
-            f" {str(trained.model.get_lora).lower()}): use `lavis export hf`, or `lavis export pth` for the projection."
+            f"{trained.checkpoint.path} holds no LoRA adapters of the LLM (model.llm.train is {trained.model.llm.train}): use `lavis export hf`, or `lavis export pth` for the projection."
         )
     from peft import LoraConfig
 
-    c = trained.model
+    llm = trained.model.llm
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=c.llm_model,
-        r=c.lora_r,
-        lora_alpha=cast(int, c.lora_alpha),  # any number will do
-        lora_dropout=c.lora_dropout,
+        base_model_name_or_path=llm.weights,
+        r=llm.lora.rank,
+        lora_alpha=llm.lora.alpha,
+        lora_dropout=llm.lora.dropout,
         target_modules=sorted({name.split(".")[-3] for name in adapters}),
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
+    config.save_pretrained(folder)
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     rest = {name: t for name, t in tensors.items() if not name.startswith(LLM)}
-    write_tensors(rest, folder / "projection.safetensors", torch.float32)
+    if rest or trained.model.sees:
+        write_tensors(rest, folder / "projection.safetensors", torch.float32)
     return sorted(folder.iterdir())
 
 
 def _peft_name(name: str) -> str:
-    """Name of an adapter's tensor in peft's file, which knows neither the LLM's place here nor the adapter's name."""
+    """Name of an adapter's tensor in peft's file, which knows neither where the LLM stands here nor the adapter's name."""
     return "base_model.model." + name.removeprefix(LLM).replace(".default.", ".")

@@ -14,16 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from lavis.core.output import LossOutput
-from lavis.core.registries import MODELS
+from lavis.core.registries import MODELS, TOWERS
 from lavis.core.types import IGNORE_INDEX, Batch
 from lavis.data.assemble import load_tokenizer
+from lavis.models.composition import Composition
 from lavis.models.configs import Blip2QFormerStage1Config
-from lavis.models.vision import Blip2Base
-from lavis.weights.tensors import load_configured
+from lavis.models.connectors.qformer_linear import QFormer
 
 
 @MODELS.register("blip2_qformer")
-class Blip2QFormer(Blip2Base):
+class Blip2QFormer(Composition):
     """Vision tower, Q-Former with text branch, and the heads of the three losses.
 
     Captions are [start] tokens [end], right-padded with `pad_token_id`; the start token serves as BERT's [CLS] and
@@ -31,9 +31,13 @@ class Blip2QFormer(Blip2Base):
     """
 
     def __init__(self, config: Blip2QFormerStage1Config, vocab_size: int, pad_token_id: int) -> None:
-        super().__init__(config, text_vocab_size=vocab_size)
-        width = config.qformer.hidden_size
-        self.pad_token_id = pad_token_id
+        super().__init__()
+        self.config, self.pad_token_id = config, pad_token_id
+        width = config.connector.qformer.hidden_size
+        self.visual_encoder = TOWERS.get(config.tower.name).from_config(config.tower)
+        self.connector = QFormer(config.connector, config.tower.width(), vocab_size)
+        for part in (self.visual_encoder, self.connector):
+            part.freeze()
         self.text_embeddings = Blip2TextEmbeddings(self.Qformer.config)
         nn.init.normal_(self.text_embeddings.word_embeddings.weight, std=0.02)
         nn.init.normal_(self.text_embeddings.position_embeddings.weight, std=0.02)
@@ -52,8 +56,38 @@ class Blip2QFormer(Blip2Base):
         """The model, with the weights its configuration names, if any."""
         tokenizer = tokenizer or load_tokenizer(config)
         model = cls(config, len(tokenizer), tokenizer.pad_token_id)
-        load_configured(model, config)
+        for part in (model.visual_encoder, model.connector):
+            if part.config.weights:
+                part.load(part.config.weights)
+            part.adapt()
         return model
+
+    @property
+    def query_tokens(self) -> nn.Parameter:
+        """The queries, [1, Q, D]."""
+        return self.connector.query_tokens
+
+    @property
+    def Qformer(self) -> nn.Module:
+        """transformers' Q-Former."""
+        return self.connector.Qformer
+
+    def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """As Vlm's."""
+        return self.visual_encoder.borrowed_parameters()
+
+    def unhooked_parameters(self) -> list[nn.Parameter]:
+        """As Vlm's."""
+        parts = (self.visual_encoder, self.connector)
+        return [*self.parameters(recurse=False), *(p for part in parts for p in part.unhooked_parameters())]
+
+    def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """The queries' vectors of each image, [N, Q, D_qformer]."""
+        return self.connector.encode(self.visual_encoder.encode(pixels_NCHW))
+
+    def image_tokens(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """What the Q-Former looks at: [N, 3, S, S] -> [N, T, D_tower] in fp32."""
+        return self.connector.normed(self.visual_encoder.encode(pixels_NCHW))
 
     def forward(self, batch: Batch) -> LossOutput:
         """The three losses over the batch's images (one caption each); sums over images."""

@@ -12,14 +12,21 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from lavis.core.errors import CheckpointError, ConfigError, DataError
 from lavis.core.paths import resolve
 from lavis.core.types import IGNORE_INDEX
+from lavis.models.parts import LlmConfig
 from lavis.weights.gguf import gguf_arguments, is_gguf
 from lavis.weights.qwen1 import load_qwen1
 from lavis.weights.qwen1_format import is_qwen1
@@ -74,7 +81,7 @@ def load_llm(
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"no language model could be loaded from {name!r} (looked in {folder}): {error}\nPut the model's folder"
-            " there, or set model.llm_model to its path or hub name. It must be an architecture that transformers has"
+            " there, or set model.llm.weights to its path or hub name. It must be an architecture that transformers has"
             " built in, or first-generation Qwen, which is read from a folder (not by its hub name)."
         ) from error
 
@@ -102,32 +109,61 @@ def spread(llm: PreTrainedModel, max_memory: dict[int | str, int]) -> None:
 
 
 def _quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings of a recipe's `llm_quantization`. Raises ConfigError if it is not installed."""
+    """bitsandbytes' settings of a recipe's `quantization`. Raises ConfigError if it is not installed."""
     if kind is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"model.llm_quantization {kind} needs bitsandbytes: pip install 'lavis[quant]', or set it to null."
+            f"model.llm.quantization {kind} needs bitsandbytes: pip install 'lavis[quant]', or set it to null."
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def new_llm(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, int]) -> PreTrainedModel:
+def new_llm(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, Any]) -> PreTrainedModel:
     """A randomly initialised causal LM from a transformers configuration given as a dict with `model_type`.
 
     `special_ids` holds pad_token_id, eos_token_id, ... Raises ConfigError when transformers refuses the configuration.
     """
+    config = new_config(llm_config, vocab_size, special_ids)
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.llm.config is not a configuration transformers accepts: {error}") from error
+
+
+def new_config(llm_config: dict[str, Any], vocab_size: int, special_ids: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of `new_llm`."""
     values = dict(llm_config)
     model_type = values.pop("model_type", None)
     if model_type is None:
-        raise ConfigError("model.llm_config has no `model_type`: name the architecture, for example qwen2 or llama.")
+        raise ConfigError("model.llm.config has no `model_type`: name the architecture, for example qwen2 or llama.")
     try:
-        config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **special_ids, **values)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoConfig.for_model(model_type, vocab_size=vocab_size, **special_ids, **values)
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.llm_config is not a configuration transformers accepts: {error}") from error
+        raise ConfigError(f"model.llm.config is not a configuration transformers accepts: {error}") from error
+
+
+def build_llm(
+    config: LlmConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype | Literal["auto"],
+    max_memory: dict[int | str, int] | None = None,
+) -> PreTrainedModel:
+    """The LLM that a recipe's section names, in `dtype`, or a new one in fp32 of the dimensions it gives, for the
+    tokenizer's vocabulary.
+    """
+    if not config.weights:
+        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        return new_llm(config.config, len(tokenizer), ids)
+    return load_llm(
+        config.weights,
+        dtype,
+        device_map=config.device_map,
+        max_memory=max_memory,
+        quantization=config.quantization,
+    )
 
 
 def context_length(llm: PreTrainedModel) -> int:
@@ -136,11 +172,11 @@ def context_length(llm: PreTrainedModel) -> int:
     return getattr(llm.config.get_text_config(), "max_position_embeddings", sys.maxsize)
 
 
-def check_context(llm: PreTrainedModel, max_txt_len: int) -> None:
-    """Raise ConfigError if samples of `max_txt_len` tokens are more than `llm` can read."""
-    if max_txt_len > context_length(llm):
+def check_context(llm: PreTrainedModel, max_length: int) -> None:
+    """Raise ConfigError if samples of `max_length` tokens are more than `llm` can read."""
+    if max_length > context_length(llm):
         raise ConfigError(
-            f"model.max_txt_len is {max_txt_len}, but the LLM reads at most {context_length(llm)} tokens: lower it, or"
+            f"model.max_length is {max_length}, but the LLM reads at most {context_length(llm)} tokens: lower it, or"
             " choose another LLM."
         )
 
@@ -241,19 +277,3 @@ def recompute_activations(llm: PreTrainedModel) -> None:
     # older versions of transformers know the second name alone
     enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def add_lora(module: nn.Module, *, r: int, alpha: float, dropout: float) -> None:
-    """Put trainable LoRA adapters (peft) in fp32 on every Linear of `module` except the output head; all else is
-    frozen.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
-    targets = [name for name, m in module.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    inject_adapter_in_model(
-        LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"), module
-    )
-    for p in module.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()  # what is trained is fp32, whatever the type of the frozen weights

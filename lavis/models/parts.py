@@ -6,12 +6,45 @@ registered together with the class, or for parts of this package by name in lavi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from lavis.config.schema import opt
+from lavis.config.schema import NamedFile, opt
+from lavis.core.registries import CONNECTORS, TOWERS
 
 TRAIN = ("frozen", "full", "lora")
+
+
+PARTS = ("tower", "connector", "llm")
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where parts start from: `source` is a run's folder, a checkpoint's or a weight file; `parts` none: all that it
+    holds something of.
+    """
+
+    source: str
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, values: Any, key: str) -> tuple[Init | None, list[str]]:
+        """An entry of a recipe's `init`, and what is wrong with it."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("from"), str):
+            return None, [
+                f"{key} is {values!r}: give a mapping with `from` (a run, a checkpoint or a file) and `parts`."
+            ]
+        parts = values.get("parts") or []
+        parts = [parts] if isinstance(parts, str) else list(parts)
+        problems = [f"{key}.{name}: unknown key; known: from, parts." for name in values.keys() - {"from", "parts"}]
+        problems += [f"{key}.parts: {name!r} is not one of {', '.join(PARTS)}." for name in parts if name not in PARTS]
+        return cls(values["from"], tuple(parts)), problems
+
+
+def inits(values: list[Any]) -> list[Init]:
+    """The entries of a recipe's `init`, which were checked."""
+    return [item for i, entry in enumerate(values) if (item := Init.read(entry, f"init.{i}")[0])]
 
 
 @dataclass
@@ -36,6 +69,20 @@ class PartConfig:
     lora: LoraSettings = opt(LoraSettings, "adapters, where train is lora")
     lr_scale: float = opt(1.0, "factor on the learning rate of this part", at_least=0)
 
+    @property
+    def trained(self) -> bool:
+        """Whether anything of it is trained."""
+        return self.train != "frozen"
+
+    def problems(self, key: str) -> Iterator[str]:
+        """Sentences about values that can't work together; `key` is the dotted key of the section."""
+        yield from ()
+
+    def files(self, key: str) -> Iterator[NamedFile]:
+        """What it names."""
+        if self.weights:
+            yield NamedFile(f"{key}.weights", "weights", self.weights)
+
 
 @dataclass
 class TowerConfig(PartConfig):
@@ -44,6 +91,24 @@ class TowerConfig(PartConfig):
     image_size: int = opt(224, "side of the square that a picture, or a tile of it, becomes, pixels", at_least=1)
     precision: str = opt("fp16", "type of a frozen tower's weights on a GPU", choices=("fp16", "bf16", "fp32"))
     recompute: bool = opt(False, "recompute activations in backward (only where the tower is trained)")
+
+    @classmethod
+    def choose(cls, values: Mapping[str, Any]) -> type[TowerConfig]:
+        """The dataclass of the tower that the section `values` names. Raises RegistryError for an unknown one."""
+        return TOWERS.config(str(values.get("name") or "eva_clip_g"))
+
+    def changing(self, key: str) -> Iterator[str]:
+        """What of the section, at the dotted `key`, lets an image's vectors change while training."""
+        if self.train != "frozen":
+            yield f"{key}.train={self.train}"
+
+    def blocks(self) -> int | None:
+        """Blocks of which each costs the same, so that a plan runs two and multiplies; None: it runs the whole tower."""
+        return None
+
+    def with_depth(self, blocks: int) -> TowerConfig:
+        """The same tower with so many blocks. Only where `blocks` is known."""
+        raise NotImplementedError
 
     def span(self) -> int:
         """Vectors a picture (or tile) becomes."""
@@ -59,6 +124,24 @@ class ConnectorConfig(PartConfig):
     """What turns a tower's vectors into inputs of the LLM."""
 
     train: str = opt("full", "what is trained of it: nothing, everything, or LoRA adapters", choices=TRAIN)
+
+    @classmethod
+    def choose(cls, values: Mapping[str, Any]) -> type[ConnectorConfig]:
+        """As TowerConfig.choose."""
+        return CONNECTORS.config(str(values.get("name") or "qformer_linear"))
+
+    def changing(self, key: str) -> Iterator[str]:
+        """As TowerConfig.changing, for what Connector.encode gives."""
+        yield from ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether `weights` brings all of it, so that a model answers without anything trained."""
+        return self.weights is not None
+
+    def encoded(self, tokens: int, width: int) -> tuple[int, int]:
+        """(vectors, numbers of each) that Connector.encode makes of `tokens` vectors of the tower, `width` wide."""
+        return tokens, width
 
     def span(self, tokens: int) -> int:
         """Inputs of the LLM that `tokens` vectors of the tower become."""
@@ -82,6 +165,34 @@ class LlmConfig(PartConfig):
         "fit without",
         choices=("auto", True, False),
     )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are recomputed; `auto` is settled before a model is built."""
+        return self.recompute is True
+
+    @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """(key within the section, folder or hub name) of the tokenizer."""
+        return ("tokenizer", self.tokenizer) if self.tokenizer else ("weights", self.weights)
+
+    def files(self, key: str) -> Iterator[NamedFile]:
+        """As PartConfig.files."""
+        for name, kind in (("weights", "llm"), ("tokenizer", "tokenizer")):
+            if value := getattr(self, name):
+                yield NamedFile(f"{key}.{name}", kind, value)
+
+    def problems(self, key: str) -> Iterator[str]:
+        """As PartConfig.problems."""
+        if self.quantization and self.train == "full":
+            yield (
+                f"{key}.quantization {self.quantization} keeps the LLM's weights in integers, which can't be trained:"
+                f" set {key}.train=frozen or lora."
+            )
+        if self.config and not self.weights and self.train != "full":
+            yield f"{key}.config makes a new LLM, which has to be trained: set {key}.train=full."
+        if not (self.weights or self.config):
+            yield f"{key}.weights names no LLM, and {key}.config does not say what a new one is like: give one of them."
 
 
 @dataclass

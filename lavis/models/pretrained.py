@@ -1,9 +1,9 @@
-"""Whole models in folders: `save_pretrained` and `from_pretrained` of MiniGPT4Qwen.
+"""Whole models in folders: `save_pretrained` and `from_pretrained` of a Vlm.
 
     config.json                the `model` section, the LLM's own configuration, the id of the image placeholder
     generation_config.json     the LLM's
-    model*.safetensors         every tensor under its own name, LoRA adapters too; with an index when there are several
-    files
+    model*.safetensors         every tensor under its public name, LoRA adapters too; with an index when there are
+                               several files
 
 What transformers opens is another folder, which `lavis export hf` writes; it is read here as well.
 """
@@ -19,36 +19,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lavis.config.compat import translate
+from lavis.config.recipe import load_model_config
 from lavis.config.typed import Problem, read_dataclass
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.json_file import read_json
 from lavis.core.paths import resolve
-from lavis.export.blip2 import MODEL_TYPE, own_config, own_tensors
-from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.core.registries import HF_MODELS
+from lavis.models.configs import VlmConfig
 from lavis.weights.shards import Shards
-from lavis.weights.tensors import load_configured, load_tensors
+from lavis.weights.tensors import load_tensors
 
 if TYPE_CHECKING:
-    from lavis.models.minigpt4qwen import MiniGPT4Qwen
+    from lavis.models.vlm import Vlm
 
 CONFIG = "config.json"
+MODEL_TYPE, _OLD_TYPES = "lavis_vlm", ("minigpt4qwen",)
 LLM = "llm_model."
 
 
-def save_model(model: MiniGPT4Qwen, folder: str | Path, max_shard_size: int | str) -> None:
+def save_model(model: Vlm, folder: str | Path, max_shard_size: int | str) -> None:
     """Write the folder described above; files hold at most `max_shard_size` (bytes, or text such as 5GB).
 
     Raises ConfigError for a quantised LLM, whose weights are not there any more.
     """
-    if model.config.llm_quantization:
-        raise ConfigError(
-            f"an LLM in {model.config.llm_quantization} can't be saved: build the model without model.llm_quantization."
-        )
+    if kind := model.config.llm.quantization:
+        raise ConfigError(f"an LLM in {kind} can't be saved: build the model without model.llm.quantization.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {
-        "model_type": model.config.arch,
+        "model_type": MODEL_TYPE,
         "model": asdict(_without_files(model.config)),
         "llm": model.llm_model.config.to_dict(),
         "image_token_id": model.image_token_id,
@@ -58,9 +60,7 @@ def save_model(model: MiniGPT4Qwen, folder: str | Path, max_shard_size: int | st
     save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
-def load_model(
-    cls: type[MiniGPT4Qwen], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None
-) -> MiniGPT4Qwen:
+def load_model(cls: type[Vlm], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None) -> Vlm:
     """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in
     `llm_dtype` if one is given.
 
@@ -69,47 +69,66 @@ def load_model(
     where = resolve(folder)
     values, shards = _read_config(where), Shards(where)
     tensors = {name: shards.read(name) for name in shards.shapes}
-    if values.get("model_type") == MODEL_TYPE:
-        config, tensors = own_config(values, str(where)), own_tensors(tensors)
-        llm_config, image_token_id = values["text_config"], values["image_token_index"]
+    if values["model_type"] in HF_MODELS:
+        stock = HF_MODELS.get(values["model_type"])
+        config, tensors = stock.config(values, str(where)), stock.tensors(tensors)
+        llm_config, image_token_id = values["text_config"], stock.image_token_id(values)
     else:
         config = _read_section(values["model"], where)
         llm_config, image_token_id = values["llm"], values["image_token_id"]
-    llm = _llm(llm_config, tensors, where, llm_dtype or (frozen if config.freeze_llm else torch.float32))
-    model = cls(config, llm, image_token_id, on_meta=True)
+    dtype = llm_dtype or (torch.float32 if config.llm.train == "full" else frozen)
+    model = cls(config, _llm(llm_config, tensors, where, dtype), image_token_id, all_on_meta=True)
     model.add_adapters()
     state = model.state_dict()
     held = {state[name].data_ptr() for name in tensors.keys() & state.keys() if not state[name].is_meta}
     tied = {name for name, tensor in state.items() if name not in tensors and tensor.data_ptr() in held}
-    load_tensors(model, tensors, file=where, wanted=lambda name: name not in tied, ignored=lambda name: False)
-    load_configured(model, config)
+    load_tensors(model, tensors, file=where, wanted=lambda name: name not in tied)
+    for part in model.image_parts():
+        part.complete()
     return model.eval()
 
 
-def _without_files(config: MiniGPT4QwenConfig) -> MiniGPT4QwenConfig:
-    """`config` of a model that brings its weights itself."""
-    return replace(config, load_pretrained=False, load_finetuned=False, llm_device_map=None)
+def _without_files(config: VlmConfig) -> VlmConfig:
+    """`config` of a model that brings its weights itself; the LLM's name stays, for its tokenizer."""
+    parts = {
+        name: part and replace(part, weights=None)
+        for name, part in (("tower", config.tower), ("connector", config.connector))
+    }
+    return replace(config, **parts, llm=replace(config.llm, device_map=None), released=None)
+
+
+def is_text_llm(folder: Path) -> bool:
+    """Whether `folder` holds a causal LM alone, as transformers saves one."""
+    model_type = read_json(folder / CONFIG).get("model_type")
+    known = (MODEL_TYPE, *_OLD_TYPES, *HF_MODELS.list())
+    return model_type not in known and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     values = read_json(folder / CONFIG)
-    if values.get("model_type") not in (MODEL_TYPE, "minigpt4qwen"):
+    if values.get("model_type") not in (MODEL_TYPE, *_OLD_TYPES, *HF_MODELS.list()):
         raise CheckpointError(
             f"{folder} holds a model of type {values.get('model_type')!r}: give a folder that save_pretrained or `lavis"
-            f" export hf` wrote, or one of another {MODEL_TYPE} with a causal LLM."
+            f" export hf` wrote, or one of another {' or '.join(HF_MODELS.list())} with a causal LLM."
         )
     return values
 
 
-def _read_section(values: Mapping[str, Any], folder: Path) -> MiniGPT4QwenConfig:
+def _read_section(values: Mapping[str, Any], folder: Path) -> VlmConfig:
+    layers, _, wrong = translate([{"model": values}])  # it may be spelt as by an older version
     problems: list[Problem] = []
-    config = read_dataclass(MiniGPT4QwenConfig, values, "model", problems)
-    if problems:
+    config = read_dataclass(VlmConfig, layers[0]["model"], "model", problems)
+    if problems or wrong:
         raise ConfigError(
             f"{folder / CONFIG}: "
             + "; ".join(f"{p.key}: {p.message}" for p in problems)
             + ". Was it written by another version?"
         )
+    section = layers[0]["model"]
+    if "media" not in section and section.get("preset"):  # older ones said nothing of pictures, but which type they are
+        folder, _, name = section["preset"].rpartition("/")
+        preset: Any = load_model_config(folder, name)
+        config = replace(config, media=preset.media)
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,22 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import resolve
 from lavis.core.types import IGNORE_INDEX
-from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.llm import add_lora, cross_entropy_sum, recompute_activations
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.adapters import add_lora
+from lavis.models.composition import public_name
+from lavis.models.configs import VlmConfig
+from lavis.models.initial import load_initial, load_weights
+from lavis.models.llm import build_llm, cross_entropy_sum, recompute_activations
+from lavis.models.parts import Init, LlmConfig
+from lavis.models.vlm import Vlm
 from lavis.weights.gguf import is_gguf
 from lavis.weights.qwen1 import open_qwen1
 from lavis.weights.qwen1_format import is_qwen1
 from lavis.weights.shards import LazyTensor, Shards
-from lavis.weights.tensors import load_configured
 
 SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures whose blocks know nothing of how many come before them."""
@@ -74,20 +77,32 @@ def open_llm(name: str) -> tuple[PreTrainedConfig, dict[str, LazyTensor]]:
     folder = resolve(name)
     if is_gguf(name):
         raise ConfigError(
-            f"model.llm_model {name}: a GGUF file can't be cut into stages. Take the model's safetensors folder."
+            f"model.llm.weights {name}: a GGUF file can't be cut into stages. Take the model's safetensors folder."
         )
     if not folder.exists():
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     if is_qwen1(folder):
         return open_qwen1(folder)
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in SPLITTABLE:
-        raise ConfigError(
-            f"model.llm_model {name} is a {config.model_type}; stages are known for {', '.join(SPLITTABLE)} and"
-            " first-generation Qwen."
-        )
+    _check_splittable(config, f"model.llm.weights {name}")
     shards = Shards(folder)
     return config, {key: LazyTensor(shards, key) for key in shards.shapes}
+
+
+def _check_splittable(config: PreTrainedConfig, name: str) -> None:
+    if config.model_type not in SPLITTABLE:
+        raise ConfigError(
+            f"{name} is a {config.model_type}; stages are known for {', '.join(SPLITTABLE)} and first-generation Qwen."
+        )
+
+
+def open_llm_of(config: LlmConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedConfig, Mapping[str, Any]]:
+    """As `open_llm`, of a recipe's section; a new LLM gets its values here, the same on every rank of one seed."""
+    if config.weights:
+        return open_llm(config.weights)
+    llm = build_llm(config, tokenizer, torch.float32)
+    _check_splittable(llm.config, "model.llm.config")
+    return llm.config, llm.state_dict()
 
 
 def llm_part(config: PreTrainedConfig, part: Part, dtype: torch.dtype) -> PreTrainedModel:
@@ -109,9 +124,7 @@ def llm_part(config: PreTrainedConfig, part: Part, dtype: torch.dtype) -> PreTra
     return llm.eval()
 
 
-def load_part(
-    llm: PreTrainedModel, part: Part, tensors: dict[str, LazyTensor], name: str, device: torch.device
-) -> None:
+def load_part(llm: PreTrainedModel, part: Part, tensors: Mapping[str, Any], name: str, device: torch.device) -> None:
     """Give the meta parameters of `llm` their values, one tensor after another, on `device`.
 
     Raises CheckpointError naming what is missing.
@@ -144,25 +157,39 @@ class Stage(nn.Module):
     integer positions; masks and rotary tables are made anew from these.
     """
 
-    def __init__(self, config: MiniGPT4QwenConfig, llm: PreTrainedModel, part: Part, image_token_id: int) -> None:
+    def __init__(
+        self,
+        config: VlmConfig,
+        llm: PreTrainedModel,
+        part: Part,
+        image_token_id: int | None,
+        init: Sequence[Init] = (),
+    ) -> None:
         super().__init__()
         self.config, self.part = config, part
-        self.llm_trained = not config.freeze_llm
         if part.is_first:
-            on_meta = bool(config.load_pretrained and config.pretrained)
-            self.front = MiniGPT4Qwen(config, llm, image_token_id, on_meta=on_meta)
-            load_configured(self.front, config, self.front.add_adapters)
-            self.llm_trained = self.front.llm_trained
+            self.front = Vlm(config, llm, image_token_id, on_meta=True)
+            filled = load_weights(self.front)
         else:
-            self.llm_model = llm.requires_grad_(self.llm_trained)
-            if config.get_lora and "llm" in config.lora_parts:
-                add_lora(llm, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
-                self.llm_trained = True
-            if config.recomputes_llm:
+            self.llm_model = llm.requires_grad_(config.llm.train == "full")
+            if config.llm.train == "lora":
+                add_lora(llm, config.llm.lora)
+            if config.llm.recomputes:
                 recompute_activations(llm)
+            filled = {name for name, _ in self.whole_names()}
+        for item in init:
+            tower = self.front.visual_encoder if part.is_first else None
+            load_initial(dict(self.whole_names()), item, tower, filled, self._is_elsewhere)
         if not any(p.requires_grad for p in self.parameters()):
             # an optimiser wants a parameter; this one has no part in anything
             self.anchor = nn.Parameter(torch.zeros(1))
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether another stage has the tensor of that name in the whole model."""
+        if not name.startswith("llm_model."):
+            return not self.part.is_first
+        block = _LAYER.search(name)
+        return not self.part.start <= int(block[2]) < self.part.end if block else name not in dict(self.whole_names())
 
     @property
     def llm(self) -> PreTrainedModel:
@@ -170,11 +197,24 @@ class Stage(nn.Module):
         return self.front.llm_model if self.part.is_first else self.llm_model
 
     def train(self, mode: bool = True) -> Stage:
-        """Frozen parts stay in eval mode, as in MiniGPT4Qwen."""
+        """Frozen parts stay in eval mode, as in Vlm."""
         super().train(mode)
         if not self.part.is_first:
-            self.llm_model.train(mode and (self.llm_trained or self.config.recomputes_llm))
+            trained = any(p.requires_grad for p in self.llm_model.parameters())
+            self.llm_model.train(mode and (trained or self.config.llm.recomputes))
         return self
+
+    def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
+        """As Vlm.rate_scales."""
+        return dict.fromkeys(self.llm.parameters(), self.config.llm.lr_scale)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module's; those of `front` under its public names."""
+        for name, p in super().named_parameters(prefix, recurse, remove_duplicate):
+            front, dot, own = name.partition("front.")
+            yield (f"{front}front.{public_name(own)}" if dot else name), p
 
     def whole_names(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters under their names in the whole model, without the anchor."""

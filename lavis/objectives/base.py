@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from lavis.core.paths import resolve
 from lavis.core.registries import MODELS
 from lavis.core.types import Batch
 from lavis.data.assemble import load_tokenizer, make_template
+from lavis.models.parts import inits
 
 
 class Task:
@@ -40,7 +41,9 @@ class Task:
         """The model on `device`, its weights loaded, frozen parts in the precision the recipe names and that suits
         `device`.
         """
-        model = MODELS.get(self.recipe.model.arch).from_config(self.recipe.model, self.tokenizer, device=device)
+        init = {"init": inits(self.recipe.init)} if self.recipe.init else {}
+        build = MODELS.get(self.recipe.model.arch).from_config
+        model = build(self.recipe.model, self.tokenizer, device=device, **init)
         if not llm_on_cpu:
             return model.to(device)
         for name, part in model.named_children():
@@ -56,9 +59,7 @@ class Task:
 
     def frozen_files(self) -> dict[str, Path]:
         """Configuration key to file or folder of the weights that training does not change."""
-        model: Any = self.recipe.model
-        keys = ("llm_model", "pretrained", "vit_pretrained", "tokenizer")
-        named = {k: resolve(v) for k in keys if (v := getattr(model, k, None))}
+        named = {file.key.removeprefix("model."): resolve(file.name) for file in self.recipe.model.files()}
         return {k: path for k, path in named.items() if path.exists()}
 
     def export(self, model: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lavis.core.registries import TASKS
 from lavis.objectives.base import Task
-from lavis.weights.tensors import TOWER_PREFIXES, write_tensors
+from lavis.weights.tensors import write_tensors
 
 
 @TASKS.register("deepspeed_image_text_pretrain")
@@ -17,11 +17,10 @@ from lavis.weights.tensors import TOWER_PREFIXES, write_tensors
 class ImageTextPretrain(Task):
     """Next-token loss on the answers of conversations with images."""
 
-    archs = ("minigpt4qwen",)
+    archs = ("vlm",)
     generates = True
 
     def export(self, model: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:
         """`tower.safetensors`: the vision tower, Q-Former and the projection it was trained with."""
-        prefixes = (*TOWER_PREFIXES, "llm_proj.")
-        tensors = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
+        tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("llm_model.")}
         return [write_tensors(tensors, folder / "tower.safetensors", dtype)]

@@ -15,7 +15,7 @@ from lavis.objectives.base import Task
 class LanguageModeling(Task):
     """Next-token loss on the answers of text conversations."""
 
-    archs = ("causal_lm",)
+    archs = ("vlm",)
     generates = True
 
     def export(self, model: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:

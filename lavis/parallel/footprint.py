@@ -7,14 +7,13 @@ size takes seconds.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -22,25 +21,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.configs import VlmConfig
 from lavis.models.llm import DTYPES, cross_entropy_sum
 from lavis.models.stages import Part, Stage, llm_part
 
 _IMAGE_ID = 1
 """Stands for the placeholder's id: which it is has no effect on costs."""
 _DEPTH = 2
-"""Blocks of LLM and ViT that are run; what a block more costs is known from running one more."""
+"""Blocks of LLM and tower that are run; what a block more costs is known from running one more."""
 _QUANTIZED = {None: 1.0, "int8": 0.5, "int4": 4.5 / 16}
 """Bytes of a block's weights relative to 16 bits a weight; NF4 has a scale of 32 bits for 64 weights."""
-
-
-def _not_packed(*_: object, **__: object) -> None:
-    """With data transformers sees that rows are not packed and does without a mask; with shapes alone it can't."""
-
-
-_NO_MASK = mock.patch("transformers.masking_utils.find_packed_sequence_indices", _not_packed, create=True)
+_UNMASKED = "unmasked_sdpa"
+# With data transformers sees that rows are not packed and does without a mask; with shapes alone it can't. For an
+# attention that it knows no mask of, it makes none: this is the same function by another name.
+AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Precision:
-    """Types: `amp` of mixed precision (None: none), of a frozen LLM's weights, and of a frozen ViT's."""
+    """Types: `amp` of mixed precision (None: none), of a frozen LLM's weights, and of a frozen tower's."""
 
     amp: torch.dtype | None = None
     frozen_llm: torch.dtype = torch.float32
-    frozen_vit: torch.dtype = torch.float32
+    frozen_tower: torch.dtype = torch.float32
 
     @classmethod
-    def on(cls, device: str, config: MiniGPT4QwenConfig, amp: torch.dtype | None) -> Precision:
+    def on(cls, device: str, config: VlmConfig, amp: torch.dtype | None) -> Precision:
         """What a model is given on a `cpu` or on a `cuda` device that has bf16."""
-        return cls(amp, torch.bfloat16, DTYPES[config.vit_precision]) if device == "cuda" else cls(amp)
+        if device != "cuda":
+            return cls(amp)
+        return cls(amp, torch.bfloat16, DTYPES[config.tower.precision] if config.tower else torch.float32)
 
 
 @dataclass(frozen=True)
@@ -117,54 +116,79 @@ class Footprints:
     """
 
     def __init__(
-        self, config: MiniGPT4QwenConfig, llm_config: PreTrainedConfig, batch: MicroBatch, precision: Precision
+        self, config: VlmConfig, llm_config: PreTrainedConfig, batch: MicroBatch, precision: Precision
     ) -> None:
         self.batch, self.blocks = batch, llm_config.num_hidden_layers
         self._config, self._llm_config, self._precision = config, llm_config, precision
-        self._vit_depth: int = config.vit_dimensions()["depth"]
+        self._tower_depth = (config.tower.blocks() or 0) if config.tower else 0
+        # on the instance: a cache of the class would keep all instances alive
+        self._cached = functools.cache(self._trace)
+        self._cached_stages = functools.cache(self._stage)
 
-    @functools.cache  # noqa: B019 - lives as long as the plan that asks
     def stage(self, blocks: int, *, first: bool = True, last: bool = True) -> Footprint:
         """A stage of so many blocks of the LLM; the whole model if it is first and last and has all of them."""
-        low = min(blocks, _DEPTH)
-        vit_low = min(self._vit_depth, _DEPTH)
-        base = self._trace(low, vit_low, first, last)
+        return self._cached_stages(blocks, first, last)
+
+    def _stage(self, blocks: int, first: bool, last: bool) -> Footprint:
+        low, tower_low = min(blocks, _DEPTH), min(self._tower_depth, _DEPTH)
+        base = self._cached(low, tower_low, first, last)
         terms = [(1, base)]
         for count, shape in (
-            (blocks - low, (low + 1, vit_low)),
-            ((self._vit_depth - vit_low) * first, (low, vit_low + 1)),
+            (blocks - low, (low + 1, tower_low)),
+            ((self._tower_depth - tower_low) * first, (low, tower_low + 1)),
         ):
             if count:
-                terms += [(count, self._trace(*shape, first, last)), (-count, base)]
+                terms += [(count, self._cached(*shape, first, last)), (-count, base)]
         whole = _sum(terms)
-        kind = self._config.llm_quantization
+        kind = self._config.llm.quantization
         saved = (1 - _QUANTIZED[kind]) * blocks * self._block_bytes() if kind else 0.0
         return replace(whole, weight_bytes=whole.weight_bytes - saved)
 
     def _block_bytes(self) -> float:
-        return self._trace(2, 0, False, False).weight_bytes - self._trace(1, 0, False, False).weight_bytes
+        return self._cached(2, 0, False, False).weight_bytes - self._cached(1, 0, False, False).weight_bytes
 
-    @functools.cache  # noqa: B019
-    def _trace(self, blocks: int, vit_depth: int, first: bool, last: bool) -> Footprint:
-        changes: dict[str, Any] = {"load_pretrained": False, "load_finetuned": False, "llm_device_map": None}
-        if first:
-            changes["vit"] = replace(self._config.vit, depth=vit_depth)
+    def _trace(self, blocks: int, tower_depth: int, first: bool, last: bool) -> Footprint:
         # which stage it is shows in nothing but whether it is the first or the last
         part = Part(0 if first else 1, (1 if first else 2) + (not last), 0, blocks)
         with torch.random.fork_rng(devices=[]):  # a run that is planned goes on as if it were not
-            stage = _build(replace(self._config, **changes), self._llm_config, part, self._precision)
+            stage = _build(
+                _bare(self._config, tower_depth), _deep_enough(self._llm_config, blocks), part, self._precision
+            )
+            if not self.batch.packed and stage.llm.config._attn_implementation == "sdpa":
+                stage.llm.set_attn_implementation(_UNMASKED)
             with FakeTensorMode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what autocast has to say of this machine's processor
                 _place(stage)
                 return _run(stage, self.batch, self._precision)
 
 
-def _build(config: MiniGPT4QwenConfig, llm_config: PreTrainedConfig, part: Part, precision: Precision) -> Stage:
+def _bare(config: VlmConfig, tower_depth: int) -> VlmConfig:
+    """`config` of a model that reads no files, its tower of so many blocks where their number can be chosen."""
+    tower, connector = config.tower, config.connector
+    if tower is not None:
+        tower = replace(tower if tower.blocks() is None else tower.with_depth(tower_depth), weights=None)
+    if connector is not None:
+        connector = replace(connector, weights=None)
+    return replace(config, tower=tower, connector=connector, llm=replace(config.llm, device_map=None))
+
+
+def _deep_enough(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
+    """`config` with a kind of layer for each of `blocks`, which can be more than the model has."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or len(kinds) >= blocks:
+        return config
+    longer = copy.deepcopy(config)
+    longer.layer_types = [*kinds, *[kinds[-1]] * (blocks - len(kinds))]
+    return longer
+
+
+def _build(config: VlmConfig, llm_config: PreTrainedConfig, part: Part, precision: Precision) -> Stage:
     with torch.device("meta"):
-        llm = llm_part(llm_config, part, precision.frozen_llm if config.freeze_llm else torch.float32)
+        llm = llm_part(llm_config, part, torch.float32 if config.llm.train == "full" else precision.frozen_llm)
         stage = Stage(config, llm, part, _IMAGE_ID).train()
-    if part.is_first and stage.front.tower_frozen and precision.frozen_vit != torch.float32:
-        stage.front.cast_frozen_vit(precision.frozen_vit)
+    tower = stage.front.visual_encoder if part.is_first else None
+    if tower is not None and stage.front.tower_frozen and precision.frozen_tower != torch.float32:
+        tower.cast_frozen(precision.frozen_tower)
     return stage
 
 
@@ -193,12 +217,12 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
     with costs:
         positions = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
         images = _images(config, batch) if part.is_first else None  # alive until the loss is there
-        with autocast, contextlib.nullcontext() if batch.packed else _NO_MASK:
+        with autocast:
             if part.is_first:
                 embeds = stage.front.embed_parts(torch.zeros_like(positions), images)
             else:
                 width = stage.llm.config.get_text_config().hidden_size
-                crossing = precision.frozen_llm if config.freeze_llm else torch.float32
+                crossing = torch.float32 if config.llm.train == "full" else precision.frozen_llm
                 embeds = torch.empty(batch.rows, batch.tokens, width, dtype=crossing, requires_grad=True)
             front_peak = costs.lap()
             out = stage.hidden(embeds, position_ids=positions, use_cache=False)
@@ -229,12 +253,13 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
     )
 
 
-def _images(config: MiniGPT4QwenConfig, batch: MicroBatch) -> torch.Tensor | None:
-    if not batch.images:
+def _images(config: VlmConfig, batch: MicroBatch) -> torch.Tensor | None:
+    tower, connector = config.tower, config.connector
+    if not batch.images or tower is None or connector is None:
         return None
     if batch.cached:
-        return torch.empty(batch.images, config.num_query_token, config.qformer.hidden_size)
-    return torch.empty(batch.images, 3, config.image_size, config.image_size)
+        return torch.empty(batch.images, *connector.encoded(tower.span(), tower.width()))
+    return torch.empty(batch.images, 3, tower.image_size, tower.image_size)
 
 
 class CostMode(TorchDispatchMode):

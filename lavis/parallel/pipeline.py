@@ -211,13 +211,10 @@ class PipelineStrategy(Strategy):
 
     def _micro_batch(self, batch: Batch) -> tuple[Any, ...]:
         """(what the first stage takes, what the last stage takes)."""
-        config = self.model.stage.config
+        if self.model.stage.part.is_first:
+            batch = self.model.stage.front.filler(batch)
         images = batch.pixel_values if batch.features is None else batch.features
-        if images is None and self.model.stage.part.is_first:
-            if self.model.stage.front.tower_frozen:
-                images = torch.empty(0, config.num_query_token, config.qformer.hidden_size)
-            else:
-                images = torch.zeros(1, 3, config.image_size, config.image_size)
+        images = torch.empty(0) if images is None else images  # DeepSpeed takes tensors alone
         return (batch.input_ids, batch.position_ids, images), batch.labels
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -20,7 +20,9 @@ from lavis.config.recipe import Recipe
 from lavis.config.schema import RunConfig
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import CONFIGS_ROOT, resolve
-from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.data.assemble import load_tokenizer
+from lavis.models.configs import VlmConfig
+from lavis.models.llm import new_config
 from lavis.models.stages import SPLITTABLE
 from lavis.parallel.footprint import Footprint, Footprints, MicroBatch, Precision
 from lavis.parallel.strategy import BUCKET_BYTES
@@ -171,8 +173,15 @@ def llm_config_of(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder if folder.exists() else name)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"model.llm_model {name}: no configuration is found ({folder} or the hub): put its config.json there."
+            f"model.llm.weights {name}: no configuration is found ({folder} or the hub): put its config.json there."
         ) from error
+
+
+def planned_llm(config: VlmConfig) -> PreTrainedConfig:
+    """Configuration of the LLM of a recipe's model, an existing or a new one."""
+    if config.llm.weights:
+        return llm_config_of(config.llm.weights)
+    return new_config(config.llm.config, len(load_tokenizer(config)), {})
 
 
 class Planner:
@@ -181,7 +190,7 @@ class Planner:
     tokens: of the longest row (default: the recipe's limit); images and supervised: how many of each in such a row;
     samples: rows of an optimiser step.
 
-    Raises ConfigError for a model that is no minigpt4qwen.
+    Raises ConfigError for a model without an LLM.
     """
 
     def __init__(
@@ -196,16 +205,18 @@ class Planner:
         ranks: int = 1,
     ) -> None:
         config, run = recipe.model, recipe.run
-        if not isinstance(config, MiniGPT4QwenConfig):
-            raise ConfigError(f"model.arch {config.arch}: plans are made for minigpt4qwen alone.")
-        self.config, self.run, self.machine = config, run, machine
-        self.llm_config = llm_config_of(config.llm_model)
-        self.tokens = tokens or (run.pack_length if run.packing else config.max_txt_len)
-        sees = any(d.data_type != "text" for d in recipe.datasets.values()) or not recipe.datasets
+        if not config.splits:
+            raise ConfigError(f"model.arch {config.arch}: plans are made for models with an LLM alone.")
+        self.config: VlmConfig = config
+        self.run, self.machine = run, machine
+        self.llm_config = planned_llm(config)
+        self._footprints = functools.cache(self._make_footprints)  # of this instance, and gone with it
+        self.tokens = tokens or (run.pack_length if run.packing else config.max_length)
+        sees = config.sees and (any(d.data_type != "text" for d in recipe.datasets.values()) or not recipe.datasets)
         self.images = (
-            images if images is not None else sees * (max(1, self.tokens // config.max_txt_len) if run.packing else 1)
+            images if images is not None else sees * (max(1, self.tokens // config.max_length) if run.packing else 1)
         )
-        self.supervised = supervised or max(1, self.tokens - self.images * config.num_query_token)
+        self.supervised = supervised or max(1, self.tokens - self.images * config.tokens_per_tile)
         self.samples = (
             samples
             or run.global_batch_size
@@ -215,12 +226,11 @@ class Planner:
         amp = {"bf16": torch.bfloat16, "fp16": torch.float16}[run.autocast_dtype] if mixed else None
         self.precision = Precision.on(machine.device, config, amp)
 
-    @functools.cache  # noqa: B019 - lives as long as the planner
-    def _footprints(self, rows: int, recompute: bool) -> Footprints:
+    def _make_footprints(self, rows: int, recompute: bool) -> Footprints:
         batch = MicroBatch(
             rows, self.tokens, rows * self.images, rows * self.supervised, self.run.packing, self.run.cache_features
         )
-        return Footprints(replace(self.config, llm_grad_checkpoint=recompute), self.llm_config, batch, self.precision)
+        return Footprints(self.config.with_recomputation(recompute), self.llm_config, batch, self.precision)
 
     def split(self, stages: int, rows: int, recompute: bool) -> list[int]:
         """Blocks of each stage such that the dearest one is as cheap as can be.
@@ -246,7 +256,7 @@ class Planner:
     ) -> Plan:
         """What is expected of `layout` with micro-batches of so many rows. Raises ConfigError if it is impossible."""
         rows = rows or self.run.batch_size_train
-        recompute = self.config.llm_grad_checkpoint is True if recompute is None else recompute
+        recompute = self.config.recomputes is True if recompute is None else recompute
         f = self._footprints(rows, recompute)
         sizes = blocks or self.split(layout.stages, rows, recompute)
         last = len(sizes) - 1
@@ -277,8 +287,8 @@ class Planner:
         if micro_batches == 1 and layout.stages == 1:  # gradients appear as activations go
             gradients = max(0.0, gradients - max(0.0, f.peak - update))
         waiting = (
-            4 * 3 * self.config.image_size**2 * batch.images * micro_batches
-            if cpu and stage == 0 and not batch.cached
+            4 * 3 * self.config.tower.image_size**2 * batch.images * micro_batches
+            if cpu and stage == 0 and not batch.cached and self.config.tower
             else 0.0
         )
         return RankMemory(weights, optimizer, gradients, held, work + waiting, self.machine.runtime)
@@ -307,7 +317,7 @@ class Planner:
             return
         yield Layout(ranks, zero=2)
         yield Layout(ranks, zero=3)
-        if self.llm_config.model_type in SPLITTABLE and not self.config.llm_quantization:
+        if self.llm_config.model_type in SPLITTABLE and not self.config.llm.quantization:
             yield from (
                 Layout(ranks, stages)
                 for stages in range(2, ranks + 1)
@@ -323,7 +333,7 @@ class Planner:
         tried: list[Plan] = []
         rows = self.run.batch_size_train
         while rows:
-            for recompute in (False, True) if self.config.llm_grad_checkpoint is not True else (True,):
+            for recompute in (False, True) if self.config.recomputes is not True else (True,):
                 tried.append(self.plan(layout, rows=rows, recompute=recompute))
                 if tried[-1].fits(self.machine):
                     return self._grown(tried[-1])

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -113,9 +112,8 @@ class DeepSpeedStrategy(Strategy):
         self.in_step = self.stage == 3 and world.size > 1
         self.optimizer = build_optimizer(model, run)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        towers = [m for m in (model, getattr(model, "visual_encoder", None)) if m is not None]
         # used without a forward, or a backward, that DeepSpeed sees
-        self.unhooked = [p for m in towers for p in m.parameters(recurse=False)]
+        self.unhooked = model.unhooked_parameters()
         kept_whole = max((p.numel() for p in self.unhooked), default=0)
         trained = sum(p.numel() for p in trainable_parameters(model).values())
         config = engine_config(run, self.dtype(), accumulation, kept_whole, trained)
@@ -133,7 +131,7 @@ class DeepSpeedStrategy(Strategy):
             raise ConfigError(f"DeepSpeed does not accept run.deepspeed_config: {error}") from error
         if self.stage == 3:
             deepspeed.runtime.zero.linear.LinearFunctionForZeroStage3 = Linear
-            for module, parameter in model.borrowed_parameters() if hasattr(model, "borrowed_parameters") else ():
+            for module, parameter in model.borrowed_parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(world.device)
@@ -193,12 +191,8 @@ class DeepSpeedStrategy(Strategy):
         Under ZeRO-3 ranks fetch weights together, so each calls the LLM's head as often as the one with the most
         labels.
         """
-        config: Any = self.task.recipe.model
-        if batch.pixel_values is None and batch.features is None and hasattr(self.model, "tower_frozen"):
-            if self.in_step or not self.model.tower_frozen:
-                batch = replace(batch, pixel_values=torch.zeros(1, 3, config.image_size, config.image_size))
-            else:
-                batch = replace(batch, features=torch.empty(0, config.num_query_token, config.qformer.hidden_size))
+        if hasattr(self.model, "filler"):
+            batch = self.model.filler(batch, run_frozen=self.in_step)
         if self.in_step and hasattr(self.model, "logits_chunks"):
             (most,) = self.world.max(batch.num_tokens)
             self.model.logits_chunks = max(1, math.ceil(most / logits_rows(self.model.llm_model)))

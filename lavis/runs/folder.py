@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from lavis.config.compat.model import FROZEN
 from lavis.config.recipe import Recipe, recipe_from_dict
 from lavis.core.errors import CheckpointError
 from lavis.runs.checkpoint import Checkpoint, find_checkpoint, newest_run
@@ -63,6 +64,8 @@ _FREE_RUN_KEYS = frozenset(
 past steps.
 The batch keys are free because only their product with the number of ranks matters, which is checked apart."""
 
+_FREE_MODEL_KEYS = frozenset(["model.llm.recompute", "model.preset", "model.released"])
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -88,7 +91,7 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
         if differences := recipe_differences(recipe, checkpoint.path / "config.yaml"):
             raise CheckpointError(
                 f"{checkpoint.path} was made by another recipe; these keys differ: {', '.join(differences)}. "
-                "Resume with the recipe it was made with, or load its trained weights through model.finetuned."
+                "Resume with the recipe it was made with, or load its trained weights through `init`."
             )
     elif run.resume == "auto":
         checkpoint = newest_run(output_dir, lambda folder: _unfinished_of(recipe, folder))
@@ -115,7 +118,7 @@ def recipe_differences(recipe: Recipe, saved: Path) -> list[str]:
 
 def _matters(key: str) -> bool:
     section, _, rest = key.partition(".")
-    if key == "model.llm_grad_checkpoint":
+    if key in _FREE_MODEL_KEYS:
         return False
     return not (section == "run" and rest.split(".")[0] in _FREE_RUN_KEYS)
 
@@ -151,4 +154,4 @@ def _new_folder(output_dir: Path) -> Path:
 
 def frozen_differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:
     """Frozen weight files (by recipe key) whose contents are not those the checkpoint was trained with."""
-    return sorted(k for k in saved if now.get(k) != saved[k])
+    return sorted(k for k, identity in saved.items() if now.get(FROZEN.get(k, k), now.get(k)) != identity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,22 @@ from typing import Any
 import torch
 
 from lavis.config.files import missing_of, model_files
-from lavis.config.recipe import load_model_config, load_preprocess_config
-from lavis.config.schema import ProcessorConfig
+from lavis.config.recipe import load_model_config, processors
 from lavis.core.errors import ChatError, CheckpointError, ConfigError
 from lavis.core.json_file import read_json
 from lavis.core.paths import resolve
 from lavis.core.registries import MODELS
 from lavis.data.assemble import load_tokenizer
 from lavis.data.image import EvalImage, image_processor
-from lavis.export.hf import merge_lora
 from lavis.export.hf_processor import exported_tokenizer
 from lavis.export.trained import open_any_run
 from lavis.generation.model import ChatModel
-from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
+from lavis.models.adapters import merge_lora
+from lavis.models.configs import VlmConfig
 from lavis.models.llm import DTYPES, frozen_dtype
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.parts import Init, LoraSettings, inits
+from lavis.models.pretrained import is_text_llm
+from lavis.models.vlm import Vlm
 from lavis.weights.tensors import load_tensors, read_tensors
 
 log = logging.getLogger(__name__)
@@ -46,83 +48,83 @@ def load_chat(
     """The model that is named by one of
 
     - run: a run's folder, or one of its checkpoints/step-N;
-    - checkpoint: a folder that `lavis export hf`, `lavis export peft` or save_pretrained wrote, or a file of trained
-      parts (model.pth of the
-      original, trainable.safetensors), which belongs to `model_type`;
-    - model_type alone: what its default YAML names as `finetuned`.
+    - checkpoint: a folder that `lavis export hf`, `lavis export peft` or save_pretrained wrote, a text LLM's folder, or
+      a file of trained parts (model.pth of the original, trainable.safetensors), which belongs to `model_type`;
+    - model_type alone (a preset: qwen7b_chat, or FOLDER/NAME): with what it names as `released`.
 
     device: default a GPU if there is one. llm_device_map: cpu keeps the LLM there, auto spreads it over all devices
-    beside the vision tower.
-    dtype: of the LLM (fp32, bf16, fp16), default what suits the device. options: `key=value` of the model section.
-    Raises ChatError if nothing is named, ConfigError and CheckpointError for wrong names and files.
+    beside the vision tower. dtype: of the LLM (fp32, bf16, fp16), default what suits the device. options: `key=value`
+    of the model section. Raises ChatError if nothing is named, ConfigError and CheckpointError for wrong names and
+    files.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     llm_dtype = DTYPES[dtype] if dtype else frozen_dtype(device)
-    changes = {"llm_device_map": llm_device_map} if llm_device_map else {}
     folder = resolve(checkpoint) if checkpoint is not None else None
     if run is None and folder is not None and ((folder / "checkpoints").is_dir() or (folder / "COMPLETE").is_file()):
         run = folder
-    if options and (run is not None or (folder is not None and (folder / "config.json").is_file())):
+    exported = folder is not None and (folder / "config.json").is_file()
+    if options and (run is not None or exported):
         raise ConfigError(
             "--options change the model that --model-type names; a run and an exported folder say themselves what they"
             " are: leave --options out."
         )
     if run is not None:
-        return _of_run(Path(run), device, llm_dtype, changes)
-    if folder is not None and (folder / "config.json").is_file():
+        return _of_run(Path(run), device, llm_dtype, llm_device_map)
+    if exported:
         return _of_export(folder, device, llm_dtype, llm_device_map)
-    return _of_type(model_type or DEFAULT_TYPE, folder, device, llm_dtype, changes, options or [])
+    return _of_type(model_type or DEFAULT_TYPE, folder, device, llm_dtype, llm_device_map, options or [])
 
 
-def _of_run(where: Path, device: torch.device, dtype: torch.dtype, changes: dict[str, Any]) -> ChatModel:
+def _of_run(where: Path, device: torch.device, dtype: torch.dtype, device_map: str | None) -> ChatModel:
     trained = open_any_run(where)
-    config, tensors = trained.recipe.model, trained.checkpoint.tensors()
-    if isinstance(config, CausalLMConfig):
-        if changes:
-            raise ConfigError(
-                f"--llm_device_map is for models that see; {where} trained a {config.arch}: leave it out."
-            )
-        tokenizer = load_tokenizer(config)
-        model = MODELS.get(config.arch).from_config(config, tokenizer)
-    elif isinstance(config, MiniGPT4QwenConfig):
-        config = replace(config, **changes, llm_grad_checkpoint=False)
-        tokenizer = load_tokenizer(config)
-        model = MiniGPT4Qwen.from_config(config, tokenizer, device, None if config.llm_quantization else dtype)
-    else:
+    if trained.recipe.model.row_format != "chat":
         raise ChatError(
-            f"{where} trained a {config.arch}, which does not answer questions: name a run of minigpt4qwen or"
-            " causal_lm."
+            f"{where} trained a {trained.recipe.model.arch}, which does not answer questions: name a run of a model"
+            " with an LLM."
         )
-    load_tensors(
-        model, tensors, file=trained.checkpoint.path, wanted=lambda name: name in tensors, ignored=lambda name: False
-    )
-    processor = next(iter(trained.recipe.datasets.values())).vis_processor.eval
-    if isinstance(config, CausalLMConfig):
+    config, tensors = _for_chat(trained.model, device_map), trained.checkpoint.tensors()
+    tokenizer = load_tokenizer(config)
+    model = _build(config, tokenizer, device, dtype, inits(trained.recipe.init))
+    load_tensors(model, tensors, file=trained.checkpoint.path, wanted=lambda name: name in tensors)
+    if not config.llm.weights:  # a new one is made in fp32
         model.to(dtype)
-    return _ready(where.name, model, tokenizer, processor, device)
+    return _ready(where.name, model, tokenizer, device)
 
 
-def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, llm_device_map: str | None) -> ChatModel:
-    model = MiniGPT4Qwen.from_pretrained(folder, device, llm_dtype=dtype)
-    config = model.config
-    if llm_device_map:
-        model.place_llm(llm_device_map, device)
+def _for_chat(config: VlmConfig, device_map: str | None) -> VlmConfig:
+    return replace(config, llm=replace(config.llm, device_map=device_map or config.llm.device_map, recompute=False))
+
+
+def _build(
+    config: VlmConfig, tokenizer: Any, device: torch.device, dtype: torch.dtype, init: Sequence[Init] = ()
+) -> Vlm:
+    return MODELS.get(config.arch).from_config(
+        config, tokenizer, device, None if config.llm.quantization else dtype, init=init
+    )
+
+
+def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, device_map: str | None) -> ChatModel:
+    if is_text_llm(folder):
+        config = _for_chat(VlmConfig(), device_map)
+        config = replace(config, llm=replace(config.llm, weights=str(folder)))
+        tokenizer = load_tokenizer(config)
+        return _ready(folder.name, _build(config, tokenizer, device, dtype), tokenizer, device)
+    model = Vlm.from_pretrained(folder, device, llm_dtype=dtype)
+    if device_map:
+        model.place_llm(device_map, device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = exported_tokenizer(folder) if has_tokenizer else load_tokenizer(config)
-    return _ready(folder.name, model, tokenizer, _exported_processor(folder, config), device)
+    tokenizer = exported_tokenizer(folder) if has_tokenizer else load_tokenizer(model.config)
+    return _ready(folder.name, model, tokenizer, device, _exported_processor(folder))
 
 
-def _exported_processor(folder: Path, config: VisionConfig) -> EvalImage:
-    """As `lavis export hf` wrote it; that of the model's type for a folder of save_pretrained, which has none."""
+def _exported_processor(folder: Path) -> EvalImage | None:
+    """As `lavis export hf` wrote it; None for a folder of save_pretrained, whose model section says it."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             values = read_json(folder / name)
             values = values.get("image_processor", values)
             return EvalImage(values["size"]["height"], tuple(values["image_mean"]), tuple(values["image_std"]))
-    return replace(
-        image_processor(load_preprocess_config(config.arch, config.model_type).vis_processor.eval),
-        image_size=config.image_size,
-    )
+    return None
 
 
 def _of_type(
@@ -130,45 +132,50 @@ def _of_type(
     checkpoint: Path | None,
     device: torch.device,
     dtype: torch.dtype,
-    changes: dict[str, Any],
+    device_map: str | None,
     options: list[str],
 ) -> ChatModel:
-    adapters = checkpoint if checkpoint and (checkpoint / "adapter_config.json").is_file() else None
-    config = load_model_config("minigpt4qwen", model_type, options)
-    assert isinstance(config, MiniGPT4QwenConfig)
-    file = config.finetuned if checkpoint is None else str(checkpoint)
-    if file is None:
-        raise ChatError(
-            f"nothing says how images reach the LLM of {model_type}: name a trained projection with -c, a run with"
-            " --run, or try the small model that is included, --model-type shapes."
-        )
-    changes = changes | ({"load_finetuned": False} if adapters else {"load_finetuned": True, "finetuned": file})
+    adapters = checkpoint if checkpoint is not None and (checkpoint / "adapter_config.json").is_file() else None
+    folder, _, name = model_type.rpartition("/")
+    section: Any = load_model_config(folder or "minigpt4qwen", name, options)
+    config = _for_chat(section, device_map)
+    init = [] if adapters else _trained_parts(model_type, config, checkpoint)
     if adapters:
-        changes |= _adapter_settings(adapters)
-    elif not resolve(file).is_file():
-        raise CheckpointError(
-            f"there is no checkpoint {resolve(file)}: give a model.pth, a run's folder or an exported folder."
-        )
-    config = replace(config, **changes, llm_grad_checkpoint=False)
+        config = replace(config, llm=replace(config.llm, train="lora", lora=_adapter_settings(adapters)))
     if missing := missing_of(model_files(config)):
         lines = "\n".join(f"  {key}: {path}" for key, path in missing)
         raise CheckpointError(
             f"{model_type} needs files that are not there:\n{lines}\nPut them there, or name others with --options,"
-            " such as llm_model=FOLDER (docs/weights.md)."
+            " such as llm.weights=FOLDER (docs/weights.md)."
         )
     tokenizer = load_tokenizer(config)
-    model = MiniGPT4Qwen.from_config(config, tokenizer, device, None if config.llm_quantization else dtype)
+    model = _build(config, tokenizer, device, dtype, init)
     if adapters:
         tensors = _peft_tensors(adapters)
-        load_tensors(model, tensors, file=adapters, wanted=lambda name: name in tensors, ignored=lambda name: False)
-    return _ready(
-        model_type, model, tokenizer, load_preprocess_config("minigpt4qwen", model_type).vis_processor.eval, device
-    )
+        load_tensors(model, tensors, file=adapters, wanted=lambda name: name in tensors)
+    return _ready(model_type, model, tokenizer, device)
 
 
-def _adapter_settings(folder: Path) -> dict[str, Any]:
+def _trained_parts(model_type: str, config: VlmConfig, checkpoint: Path | None) -> list[Init]:
+    """The file of trained parts that is named, or released with the preset; none where the preset is whole."""
+    file = config.released if checkpoint is None else str(checkpoint)
+    if file is None:
+        if config.connector is None or config.connector.whole:
+            return []
+        raise ChatError(
+            f"nothing says how images reach the LLM of {model_type}: name a trained projection with -c, a run with"
+            " --run, or try the small model that is included, --model-type shapes."
+        )
+    if not resolve(file).is_file():
+        raise CheckpointError(
+            f"there is no checkpoint {resolve(file)}: give a model.pth, a run's folder or an exported folder."
+        )
+    return [Init(file)]
+
+
+def _adapter_settings(folder: Path) -> LoraSettings:
     values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return {"get_lora": True, "lora_parts": ["llm"], "lora_r": values["r"], "lora_alpha": values["lora_alpha"]}
+    return LoraSettings(rank=values["r"], alpha=values["lora_alpha"], targets=values["target_modules"])
 
 
 def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -177,16 +184,17 @@ def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
         "llm_model." + name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): tensor
         for name, tensor in read_tensors(folder / "adapter_model.safetensors").items()
     }
-    return adapters | read_tensors(folder / "projection.safetensors")
+    rest = folder / "projection.safetensors"
+    return adapters | (read_tensors(rest) if rest.is_file() else {})
 
 
 def _ready(
-    name: str, model: Any, tokenizer: Any, processor: ProcessorConfig | EvalImage, device: torch.device
+    name: str, model: Vlm, tokenizer: Any, device: torch.device, processor: EvalImage | None = None
 ) -> ChatModel:
-    sees = isinstance(model, MiniGPT4Qwen)
-    if sees and model.config.get_lora and not model.config.llm_quantization:
+    config = model.config
+    if not config.llm.quantization:
         merge_lora(model)
     model.requires_grad_(False)
-    queries = model.config.num_query_token if sees else 0
-    processor = processor if isinstance(processor, EvalImage) else image_processor(processor)
-    return ChatModel(name, model.to(device).eval(), tokenizer, queries, processor, device)
+    size = config.tower.image_size if config.tower else 1
+    processor = processor or image_processor(processors(config.media, size).eval)
+    return ChatModel(name, model.to(device).eval(), tokenizer, config.tokens_per_tile, processor, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -11,23 +11,33 @@ from lavis.config.schema import RunConfig
 from lavis.core.errors import CheckpointError, ConfigError
 
 
+@runtime_checkable
+class HasRates(Protocol):
+    """A module that says how fast its parameters learn."""
+
+    def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
+        """Parameter to the factor on its learning rate; `layer_decay`: factor per layer, from the top of a tower down."""
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name to parameter of all that is trained. Raises ConfigError when nothing is."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ConfigError(
-            "every part of the model is frozen: set one of model.freeze_* to false or model.get_lora to true."
+            "every part of the model is frozen: set model.connector.train=full, or model.llm.train to full or lora."
         )
     return named
 
 
 def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
-    """AdamW with no weight decay on 1-D tensors and a per-group `lr_scale` (layer-wise decay of the vision tower)."""
+    """AdamW with no weight decay on 1-D tensors and a per-group `lr_scale`: a part's own factor, and layer-wise decay of
+    the vision tower.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    depth = _vit_depth(model)
-    for name, p in trainable_parameters(model).items():
+    scales = _rate_scales(model, run.lr_layer_decay)
+    for p in trainable_parameters(model).values():
         decay = 0.0 if p.ndim <= 1 else run.weight_decay
-        groups.setdefault((decay, _layer_scale(name, depth, run.lr_layer_decay)), []).append(p)
+        groups.setdefault((decay, scales.get(p, 1.0)), []).append(p)
     return torch.optim.AdamW(
         [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()],
         lr=run.init_lr,
@@ -67,18 +77,10 @@ def load_optimizer_tensors(
         optimizer.state[p][slot] = state
 
 
-def _vit_depth(model: nn.Module) -> int:
-    blocks = [
-        int(m[1])
-        for n, _ in model.named_parameters()
-        if (m := re.match(r"(?:front\.)?visual_encoder\.blocks\.(\d+)\.", n))
-    ]
-    return max(blocks, default=-1) + 1
-
-
-def _layer_scale(name: str, depth: int, decay: float) -> float:
-    name = name.removeprefix("front.")
-    if not name.startswith("visual_encoder."):
-        return 1.0
-    block = re.match(r"visual_encoder\.blocks\.(\d+)\.", name)
-    return decay ** (depth - int(block[1]) if block else depth + 1)
+def _rate_scales(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
+    """Parameter to the factor on its learning rate, as the parts of `model` say; the others have 1."""
+    scales: dict[nn.Parameter, float] = {}
+    for module in model.modules():
+        if isinstance(module, HasRates):
+            scales |= module.rate_scales(layer_decay)
+    return scales

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ from lavis.config.recipe import Recipe
 from lavis.core.dist import World
 from lavis.core.errors import ConfigError
 from lavis.core.registries import RUNNERS
-from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.parallel.plan import Layout
 from lavis.parallel.strategy import Strategy
 from lavis.tokens.template import image_token_id
@@ -75,25 +74,27 @@ class PipelineRunner(RunnerBase):
         return tuple(round(n / self.data_world.size) for n in counts)
 
     def _build_model(self) -> nn.Module:
-        from lavis.models.llm import DTYPES, frozen_dtype
-        from lavis.models.stages import Stage, llm_part, load_part, open_llm
+        from lavis.models.llm import frozen_dtype
+        from lavis.models.parts import inits
+        from lavis.models.stages import Stage, llm_part, load_part, open_llm_of
         from lavis.parallel.pipeline import StagedModel
 
-        config = self.recipe.model
-        assert isinstance(config, MiniGPT4QwenConfig)
-        llm_config, tensors = open_llm(config.llm_model)
-        if llm_config.tie_word_embeddings and not config.freeze_llm and self.run_config.num_stages > 1:
+        config: Any = self.recipe.model
+        llm_config, tensors = open_llm_of(config.llm, self.task.tokenizer)
+        trained, name = config.llm.train == "full", config.llm.weights or "model.llm.config"
+        if llm_config.tie_word_embeddings and trained and self.run_config.num_stages > 1:
             raise ConfigError(
-                f"{config.llm_model} ties its embeddings to its head, which then lie on two ranks and can't be trained:"
-                " set model.freeze_llm=true."
+                f"{name} ties its embeddings to its head, which then lie on two ranks and can't be trained:"
+                " set model.llm.train=lora or frozen."
             )
         part = self._parts(llm_config.num_hidden_layers)[self.stage_index]
-        dtype = frozen_dtype(self.world.device) if config.freeze_llm else torch.float32
+        dtype = torch.float32 if trained else frozen_dtype(self.world.device)
         llm = llm_part(llm_config, part, dtype)
-        load_part(llm, part, tensors, config.llm_model, torch.device("cpu"))
-        stage = Stage(config, llm, part, image_token_id(self.task.tokenizer))
-        if part.is_first and self.world.device.type == "cuda" and stage.front.tower_frozen:
-            stage.front.cast_frozen_vit(DTYPES[config.vit_precision])
+        load_part(llm, part, tensors, name, torch.device("cpu"))
+        placeholder = image_token_id(self.task.tokenizer) if config.sees else None
+        stage = Stage(config, llm, part, placeholder, inits(self.recipe.init))
+        if part.is_first:
+            stage.front.suit(self.world.device)
         stage.to(self.world.device)
         return StagedModel(stage, self.pipe_group, self.pipe_ranks, self.world.device)
 

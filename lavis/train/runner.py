@@ -131,14 +131,14 @@ class RunnerBase:
         return Planner(self.recipe, Machine.this(self.world.device), samples=self.data.plan.global_batch, **row)
 
     def _settle_recomputation(self) -> None:
-        """Decide what model.llm_grad_checkpoint=auto is: recomputing, where a GPU has no room without."""
+        """Decide what model.llm.recompute=auto is: recomputing, where a GPU has no room without."""
         model = self.recipe.model
-        if getattr(model, "llm_grad_checkpoint", None) != "auto":
+        if model.recomputes != "auto":
             return
         needed = False
         if self.world.device.type == "cuda" and not self.run_config.evaluate:
             needed = self.world.broadcast(self._needs_recomputation() if self.world.is_main else None)
-        self.recipe = replace(self.recipe, model=replace(model, llm_grad_checkpoint=needed))
+        self.recipe = replace(self.recipe, model=model.with_recomputation(needed))
         self.task.recipe = self.recipe
 
     def _needs_recomputation(self) -> bool:
@@ -148,8 +148,7 @@ class RunnerBase:
             return False
         room = planner.machine.memory / 2**30
         log.info(
-            "a rank would need %.1f of %.1f GiB: activations of the LLM are recomputed"
-            " (model.llm_grad_checkpoint=auto)",
+            "a rank would need %.1f of %.1f GiB: activations of the LLM are recomputed (model.llm.recompute=auto)",
             plan.peak / 2**30,
             room,
         )

@@ -72,7 +72,7 @@ def qwen2_config(folder: Path) -> Qwen2Config:
     if "quantization_config" in values:
         raise CheckpointError(
             f"{folder} holds quantised Qwen weights, which can't be read: take the folder of the same name without Int4"
-            " or Int8, and set model.llm_quantization if memory is short."
+            " or Int8, and set model.llm.quantization if memory is short."
         )
     strange = [
         f"{key} {values[key]!r} instead of {value!r}" for key, value in FIXED.items() if values.get(key, value) != value

@@ -37,7 +37,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is_for(name: str) -> Non
 @pytest.mark.parametrize(("arch", "model_type"), [(arch, kind) for arch, kinds in lavis.model_zoo for kind in kinds])
 def test_every_model_default_is_valid(arch: str, model_type: str) -> None:
     config = load_model_config(arch, model_type)
-    assert (config.arch, config.model_type) == (arch, model_type)
+    assert config.preset == f"{arch}/{model_type}"
     load_preprocess_config(arch, model_type)
 
 

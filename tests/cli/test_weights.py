@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+import lavis
 from lavis.cli import main
-from lavis.config.recipe import load_model_config, model_types
+from lavis.config.recipe import load_model_config
 from lavis.core.errors import DownloadError
-from lavis.models.configs import MODEL_CONFIGS
 from lavis.weights import download, hub
 from lavis.weights.download import fetch_file
 from lavis.weights.gguf import PACKAGED
@@ -284,7 +284,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_missing_is_listed_with_key_size_and_command(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["weights", RECIPE]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert "missing   ~2.0 GB  cache/ckpt/eva/eva_vit_g.pth  (model.vit_pretrained)" in lines
+    assert "missing   ~2.0 GB  cache/ckpt/eva/eva_vit_g.pth  (model.tower.weights)" in lines
     assert "    hf download Qwen/Qwen-7B-Chat --local-dir cache/ckpt/Qwen7B-chat" in lines
     vit = next(line for line in lines if line.strip().startswith("curl"))
     assert (
@@ -314,11 +314,11 @@ def test_what_is_there_is_listed_and_an_llm_without_a_shard_is_not(
     put(index, json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
     assert main(["weights", RECIPE]) == 1
     out = capsys.readouterr().out
-    assert "partial  ~15.4 GB  cache/ckpt/Qwen7B-chat  (model.llm_model)" in out and "1 of 7 missing" in out
+    assert "partial  ~15.4 GB  cache/ckpt/Qwen7B-chat  (model.llm.weights)" in out and "1 of 7 missing" in out
     put(cache / "ckpt/Qwen7B-chat/2.safetensors")
     assert main(["weights", RECIPE]) == 0
     out = capsys.readouterr().out
-    assert "present       1 B  cache/ckpt/eva/eva_vit_g.pth  (model.vit_pretrained)" in out and "0 of 7 missing" in out
+    assert "present       1 B  cache/ckpt/eva/eva_vit_g.pth  (model.tower.weights)" in out and "0 of 7 missing" in out
 
 
 def test_parts_of_the_shapes_world_come_with_the_package_or_are_built(
@@ -360,13 +360,13 @@ def test_a_name_on_the_hub_is_looked_up_in_the_clients_cache(
     assert main(["weights", RECIPE, *options]) == 1
     out = capsys.readouterr().out
     assert (
-        "Qwen/Qwen2.5-7B-Instruct on the Hugging Face hub  (model.llm_model)\n    hf download"
+        "Qwen/Qwen2.5-7B-Instruct on the Hugging Face hub  (model.llm.weights)\n    hf download"
         " Qwen/Qwen2.5-7B-Instruct\n" in out
     )
     put(cache / "snapshot/model.safetensors")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(cache / "snapshot"))
     main(["weights", RECIPE, *options])
-    assert "cache/snapshot  (model.llm_model)" in capsys.readouterr().out
+    assert "cache/snapshot  (model.llm.weights)" in capsys.readouterr().out
 
 
 def test_a_packaged_llm_is_assembled_by_its_package(
@@ -389,8 +389,8 @@ def test_an_address_for_each_annotation_file(cache: Path, capsys: pytest.Capture
 
 
 def test_every_source_is_what_a_default_names() -> None:
-    configs = [load_model_config(arch, kind) for arch in MODEL_CONFIGS.list() for kind in model_types(arch)]
-    named = {Path(str(value)).name for config in configs for value in vars(config).values()}
+    configs = [load_model_config(arch, kind) for arch, kinds in lavis.model_zoo for kind in kinds]
+    named = {Path(file.name).name for config in configs for file in config.files()}
     assert sorted(set(SOURCES) - named - set(PACKAGED)) == []
 
 

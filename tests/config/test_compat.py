@@ -19,8 +19,7 @@ from lavis.core.registry import Registry
 
 RECIPE = """\
 model:
-  arch: minigpt4qwen
-  model_type: qwen7b_chat
+  preset: minigpt4qwen/qwen7b_chat
 datasets:
   minigpt4_instruction:
 run:
@@ -83,16 +82,16 @@ def test_messages_call_a_key_as_it_is_written_and_name_todays(recipe_file: Path)
     recipe_file.write_text(RECIPE.replace("random_seed: 7", "random_seed: many").replace("shuffle: 3", "shuffle: -1"))
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe_file)
-    assert f"run.random_seed ({recipe_file}:7): 'many' has the wrong type: expected whole number." in str(caught.value)
+    assert f"run.random_seed ({recipe_file}:6): 'many' has the wrong type: expected whole number." in str(caught.value)
     assert "(run.random_seed is called run.seed now.)" in str(caught.value)
-    assert f"run.shuffle ({recipe_file}:8): -1 is below the smallest allowed value, 0." in str(caught.value)
+    assert f"run.shuffle ({recipe_file}:7): -1 is below the smallest allowed value, 0." in str(caught.value)
 
 
 def test_what_means_nothing_is_refused_with_its_line(recipe_file: Path) -> None:
     recipe_file.write_text(RECIPE.replace("shuffle: 3", "shuffle: wildly"))
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe_file)
-    assert str(caught.value) == f"run.shuffle ({recipe_file}:8): 'wildly' is no number."
+    assert str(caught.value) == f"run.shuffle ({recipe_file}:7): 'wildly' is no number."
 
 
 PARTS: Registry[Any] = Registry("part")

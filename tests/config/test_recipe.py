@@ -42,7 +42,7 @@ def test_later_layers_win_and_origins_name_them(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["run.init_lr=3e-5", "run.test_splits=[train]"])
     expected = {
         "run.min_lr": (1e-6, "schema"),
-        "model.llm_model": ("ckpt/Qwen7B-chat", "lavis/configs/models/minigpt4qwen/qwen7b_chat.yaml"),
+        "model.llm.weights": ("ckpt/Qwen7B-chat", "lavis/configs/models/minigpt4qwen/qwen7b_chat.yaml"),
         "datasets.minigpt4_instruction.vis_processor.train.name": (
             "blip2_image_eval",
             "lavis/configs/datasets/minigpt4_instruction.yaml",
@@ -77,14 +77,14 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
     assert f"run.num_workers ({recipe_file}:12): -1 is below the smallest allowed value, 0" in message
     assert f"run.device ({recipe_file}:13): 'gpu' is not one of: auto, cpu, cuda" in message
     assert f"run.task ({recipe_file}:14): unknown task 'image_text_pretrian'. Did you mean" in message
-    assert "model.max_txt_length (--options): unknown key. Did you mean 'max_txt_len'" in message
+    assert "model.max_txt_length (--options): unknown key. Did you mean 'max_length'" in message
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["run.image_size=3"], "It belongs elsewhere: model.image_size"),
-        (["run.freeze_qfromer=true"], "Did you mean 'freeze_qformer'"),
+        (["run.image_size=3"], "It belongs elsewhere: model.tower.image_size"),
+        (["run.train_qfromer=full"], "Did you mean 'train_qformer'"),
         (["runs.seed=3"], "unknown section. Did you mean 'run'"),
         (["model.arch=minigpt4qwn"], "(--options): unknown model 'minigpt4qwn'. Did you mean 'minigpt4qwen'"),
         (["model.model_type=qwen7b_caht"], "no type 'qwen7b_caht'. Did you mean 'qwen7b_chat'"),
@@ -169,13 +169,13 @@ def test_missing_files_are_named_by_key_and_place(
     recipe = load_recipe(recipe_file, [f"{annotations}=[here.json,there.json]"])
     missing = missing_files(recipe)
     assert (annotations, tmp_path / "there.json") in missing
-    assert ("model.pretrained", tmp_path / "ckpt/blip2/blip2_pretrained_flant5xxl.pth") in missing
+    assert ("model.connector.weights", tmp_path / "ckpt/blip2/blip2_pretrained_flant5xxl.pth") in missing
     assert (annotations, tmp_path / "here.json") not in missing
 
 
 def test_a_model_section_and_its_processors_stand_alone() -> None:
     config = load_model_config("minigpt4qwen", "qwen14b_chat", ["image_size=448"])
-    assert (config.llm_model, config.image_size) == ("ckpt/Qwen-14B-Chat", 448)
+    assert (config.llm.weights, config.tower.image_size) == ("ckpt/Qwen-14B-Chat", 448)
     assert load_preprocess_config("blip2_qformer").text_processor.eval.name == "blip_caption"
 
 

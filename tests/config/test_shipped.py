@@ -16,11 +16,15 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     "instruction_tuning/train": {"run.accum_grad_iters": 16},
     "instruction_tuning/train_3090x4": {"run.accum_grad_iters": 32},
     **{name: {"run.batch_size_train": 2, "run.accum_grad_iters": 16} for name in ZERO},
-    "pp_qwen14b/train_pp": {"run.accum_grad_iters": 128, "run.max_epoch": 20, "model.model_type": "qwen14b_chat"},
+    "pp_qwen14b/train_pp": {
+        "run.accum_grad_iters": 128,
+        "run.max_epoch": 20,
+        "model.preset": "minigpt4qwen/qwen14b_chat",
+    },
 }
 COMMON = {
-    "model.model_type": "qwen7b_chat",
-    "model.max_txt_len": 256,
+    "model.preset": "minigpt4qwen/qwen7b_chat",
+    "model.max_length": 256,
     "run.batch_size_train": 1,
     "run.max_epoch": 10,
     "run.init_lr": 1e-4,
@@ -58,7 +62,7 @@ def test_a_step_has_128_samples_on_the_gpus_a_recipe_is_for(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in shipped_recipes() if not n.startswith("shapes/")])
 def test_the_weights_of_a_recipe_have_a_known_source(name: str) -> None:
     model = recipe_of(name).model
-    paths = [getattr(model, key) for key in ("vit_pretrained", "pretrained", "llm_model")]
+    paths = [model.tower.weights, model.connector.weights, model.llm.weights]
     assert [path for path in paths if path.rsplit("/", 1)[-1] not in SOURCES] == []
 
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from lavis.cli import main
 from lavis.core.errors import DataError
 from lavis.data.assemble import load_tokenizer, prepare_split
-from lavis.models.configs import MiniGPT4QwenConfig
 
 RECIPE = """
 model:
@@ -35,6 +34,7 @@ GOOD = [
     {"id": "first", "image": "a.png", "instruction": "What?", "output": "red"},
     {"instruction": ["Hi", "Hi"], "output": ["yes", "no"]},
 ]
+from tests.models.conftest import model_config
 
 
 @pytest.fixture
@@ -112,5 +112,5 @@ def test_prepared_split_of_a_recipe(recipe: Path, tokenizer: PreTrainedTokenizer
 
 
 def test_missing_tokenizer_is_told(cache: Path) -> None:
-    with pytest.raises(DataError, match=r"model\.llm_model"):
-        load_tokenizer(MiniGPT4QwenConfig(llm_model="ckpt/none"))
+    with pytest.raises(DataError, match=r"model\.llm\.weights"):
+        load_tokenizer(model_config(llm_model="ckpt/none"))

@@ -24,7 +24,7 @@ from lavis.data.image import EvalImage, image_processor
 from lavis.data.shapes.scene import render, sample_scene
 from lavis.export.hf import build, export_hf, merge_lora
 from lavis.export.hf_processor import PROBES, stock_ids
-from lavis.export.model_card import model_card
+from lavis.export.model_card import SNIPPET, model_card
 from lavis.export.trained import open_run
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
 from lavis.objectives.image_text import ImageTextPretrain
@@ -125,9 +125,9 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name", ["shapes", "quiet"])
 def test_vit_is_timms_eva(name, request):
     ours = request.getfixturevalue(name).ours
-    vit, dimensions = ours.visual_encoder, ours.config.vit_dimensions()
-    sizes = {key: dimensions[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
-    eva = timm.create_model("eva_giant_patch14_224", img_size=ours.config.image_size, num_classes=0, **sizes).eval()
+    vit, tower = ours.visual_encoder.model, ours.config.tower
+    sizes = {key: getattr(tower, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    eva = timm.create_model("eva_giant_patch14_224", img_size=tower.image_size, num_classes=0, **sizes).eval()
     missing = eva.load_state_dict(vit.state_dict(), strict=False)
     assert all(name.startswith(("norm.", "fc_norm.")) for name in missing.missing_keys) and not missing.unexpected_keys
     x = torch.randn(2, 3, *vit.patch_embed.img_size)
@@ -143,21 +143,21 @@ def test_tower(name, request):
     the one of the formula.
     """
     both = request.getfixturevalue(name)
-    x = torch.randn(3, 3, *both.ours.visual_encoder.patch_embed.img_size)
+    x = torch.randn(3, 3, *both.ours.visual_encoder.model.patch_embed.img_size)
     norm = both.stock.vision_model.post_layernorm
     with torch.no_grad():
-        variance = both.ours.visual_encoder.forward_features(x).var(-1, correction=0, keepdim=True)
-        ours, queries = both.ours.image_tokens(x), both.ours.encode_images(x)
+        variance = both.ours.visual_encoder(x).var(-1, correction=0, keepdim=True)
+        ours, queries = both.ours.connector.normed(both.ours.visual_encoder.encode(x)), both.ours.encode_images(x)
         as_it_is = both.stock.vision_model(x).last_hidden_state
         norm.eps = 1e-5
         tokens, features = both.stock.vision_model(x).last_hidden_state, both.stock.get_image_features(x)
         norm.eps = 1e-6
-    ratio, bias = ((variance + 1e-5) / (variance + 1e-6)).sqrt(), both.ours.ln_vision.bias
+    ratio, bias = ((variance + 1e-5) / (variance + 1e-6)).sqrt(), both.ours.connector.ln_vision.bias
     assert variance.min() > 10 if name == "shapes" else variance.max() < 1e-2
     assert distance(as_it_is, (ours - bias) * ratio + bias) < 1e-6
     assert distance(tokens, ours) < 1e-6
     assert distance(features.qformer_outputs.last_hidden_state, queries) < 1e-6
-    assert distance(features.pooler_output, both.ours.llm_proj(queries)) < 1e-6
+    assert distance(features.pooler_output, both.ours.connector.llm_proj(queries)) < 1e-6
 
 
 def test_fixed_settings_are_blip_2_s(both):
@@ -165,7 +165,7 @@ def test_fixed_settings_are_blip_2_s(both):
     vision, qformer = both.stock.config.vision_config, both.stock.config.qformer_config
     assert (vision.layer_norm_eps, vision.hidden_act, vision.qkv_bias) == (1e-6, "gelu", True)
     assert (qformer.layer_norm_eps, qformer.hidden_act, qformer.cross_attention_frequency) == (1e-12, "gelu", 2)
-    assert both.ours.ln_vision.eps == 1e-5
+    assert both.ours.connector.ln_vision.eps == 1e-5
 
 
 # ---- the whole
@@ -186,8 +186,8 @@ def test_logits_loss_and_gradient(both, files):
     assert distance(out.logits[mask], logits[mask]) < EXACT
     assert distance(out.loss, loss.loss_sum / loss.count) < EXACT
     for ours, stock in (
-        (both.ours.llm_proj, both.stock.language_projection),
-        (both.ours.Qformer.layernorm, both.stock.qformer.layernorm),
+        (both.ours.connector.llm_proj, both.stock.language_projection),
+        (both.ours.connector.Qformer.layernorm, both.stock.qformer.layernorm),
     ):
         assert distance(stock.weight.grad, ours.weight.grad) < EXACT
         assert distance(stock.bias.grad, ours.bias.grad) < EXACT
@@ -225,7 +225,7 @@ def test_typed_control_tokens_stay_text(both):
     typed = "<|im_end|>\n<|im_start|>system <|extra_0|>"
     start = both.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
     ids = stock_ids(both.processor, ask(typed))
-    assert ids.count(start) == 3 and ids.count(both.ours.image_token_id) == both.ours.config.num_query_token
+    assert ids.count(start) == 3 and ids.count(both.ours.image_token_id) == both.ours.config.connector.num_query_token
 
 
 def _each_part(messages, **values):
@@ -309,7 +309,28 @@ def test_stock_s_own_folder_opens_here(both, tmp_path):
     ours = MiniGPT4Qwen.from_pretrained(tmp_path)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert distance(ours.llm_proj(ours.encode_images(x)), stock.get_image_features(x).pooler_output) < EXACT
+        assert (
+            distance(ours.connector.llm_proj(ours.encode_images(x)), stock.get_image_features(x).pooler_output) < EXACT
+        )
+
+
+def test_an_export_that_was_opened_here_is_saved_and_opened_again(both, tmp_path):
+    MiniGPT4Qwen.from_pretrained(both.folder).save_pretrained(tmp_path)
+    again, ours = MiniGPT4Qwen.from_pretrained(tmp_path).state_dict(), both.ours.state_dict()
+    assert again.keys() == ours.keys() and all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+def test_the_card_s_model_is_the_trained_one_to_the_last_digit(quiet, files, monkeypatch):
+    """In a tower where every eps counts, thanks to the snippet's line about it."""
+    monkeypatch.chdir(quiet.folder)
+    names = {}
+    exec(SNIPPET.partition("processor =")[0], names)
+    batch = quiet.batch([ask("What is this?")], files[:1])
+    with torch.no_grad():
+        logits = quiet.ours.llm_model(inputs_embeds=quiet.ours.embed(batch), position_ids=batch.position_ids).logits
+        assert distance(names["model"](batch.pixel_values, batch.input_ids).logits, logits) < 1e-6
+        names["model"].vision_model.post_layernorm.eps = 1e-6
+        assert distance(names["model"](batch.pixel_values, batch.input_ids).logits, logits) > 1e-5
 
 
 def test_a_frozen_llm_keeps_its_type(shapes):
@@ -378,7 +399,7 @@ def test_the_card_tells_what_was_measured(tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr')
     card = model_card(open_run(run), [])
     assert "step 7" in card and "| validation loss | 0.5 |" in card and "| training loss at step 6 | 1.25 |" in card
-    assert f"llm_model: {tmp_path / 'llm'}" in card and "checked when the folder was written" in card
+    assert f"weights: {tmp_path / 'llm'}" in card and "checked when the folder was written" in card
     (run / "summary.json").write_text(json.dumps({"steps": 9, "results": {"test/val/accuracy": 0.875}}))
     card = model_card(open_run(run), ["probe 1, token 3: 'a' here, 'b' in transformers"])
     assert "after step 9" in card and "| test/val/accuracy | 0.875 |" in card and "- probe 1, token 3" in card
@@ -393,7 +414,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         export_hf(open_run(run), tmp_path / "full")
     (tmp_path / "llm/model.safetensors").write_bytes(b"other")
-    with pytest.raises(CheckpointError, match=r"other frozen weights.*model\.llm_model"):
+    with pytest.raises(CheckpointError, match=r"other frozen weights.*model\.llm\.weights"):
         export_hf(open_run(run), tmp_path / "hf")
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lavis.core.errors import CheckpointError
 from lavis.export.trained import export_peft, export_pth, open_run, original_tensors
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.parts import Init
+from lavis.models.vlm import Vlm
 from lavis.weights.qwen1_format import with_qwen2_names
 from tests.export.exports import distance, random_run
 
@@ -35,9 +36,7 @@ def test_other_parts_go_under_the_original_s_names_and_come_back(tmp_path):
     known = rf"({parts})\.(weight|bias)|query_tokens|visual_encoder\..*"
     assert not [name for name in names if not re.fullmatch(known, name)] and len(names) > 90
     assert "Qformer.bert.encoder.layer.1.attention.self.query.weight" in names
-    config = trained.model
-    config.load_finetuned, config.finetuned = True, str(file)
-    again = MiniGPT4Qwen.from_config(config).state_dict()
+    again = Vlm.from_config(trained.model, init=[Init(str(file))]).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in trained.checkpoint.tensors().items())
 
 
@@ -66,7 +65,7 @@ def test_peft_opens_the_adapters(tmp_path, family):
     files = {file.name for file in export_peft(trained, tmp_path / "peft")}
     assert {"adapter_config.json", "adapter_model.safetensors", "projection.safetensors"} <= files
     tensors = trained.checkpoint.tensors()
-    ours = MiniGPT4Qwen.from_config(trained.model).eval()
+    ours = Vlm.from_config(trained.model).eval()
     ours.load_state_dict(tensors, strict=False)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
     ids = torch.randint(3, 500, (2, 9))

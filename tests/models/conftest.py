@@ -4,21 +4,42 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from lavis.config.compat import translate
+from lavis.config.typed import read_dataclass
+from lavis.core.registries import MODEL_CONFIGS
 from lavis.core.types import IGNORE_INDEX, Batch
-from lavis.models.configs import MiniGPT4QwenConfig, QFormerConfig, VitConfig
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.initial import load_initial
+from lavis.models.parts import Init
+from lavis.models.vlm import Vlm
 
 IMAGE_ID, VOCAB = 299, 300
 
 
 def tower_settings(**changes):
     settings = {
-        "vit": VitConfig(patch_size=8, embed_dim=48, depth=2, num_heads=4),
-        "qformer": QFormerConfig(hidden_size=40, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56),
+        "vit": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4},
+        "qformer": {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 56},
         "image_size": 32,
         "num_query_token": 4,
     }
     return settings | changes
+
+
+def model_config(arch="minigpt4qwen", **settings):
+    """The section of a model in the flat spelling, which is short, as the parts it means."""
+    translated, problems = translate([{"model": {"arch": arch, **settings}}]), []
+    values = translated.layers[0]["model"]
+    config = read_dataclass(MODEL_CONFIGS.get(values["arch"]), values, "model", problems)
+    assert not problems and not translated.wrong, (problems, translated.wrong)
+    return config
+
+
+def start_from(model, file):
+    """Load the trained parts in `file`; what is frozen is taken to be there already."""
+    frozen = {name for name, _ in model.state_dict().items()} - {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    return load_initial(model.state_dict(), Init(str(file)), model.visual_encoder, frozen)
 
 
 def small_llm():
@@ -43,8 +64,8 @@ def randomize(model):
 
 def small_model(**changes):
     torch.manual_seed(0)
-    config = MiniGPT4QwenConfig(**tower_settings(**changes))
-    model = MiniGPT4Qwen(config, small_llm(), IMAGE_ID)
+    config = model_config(**tower_settings(**changes))
+    model = Vlm(config, small_llm(), IMAGE_ID)
     model.add_adapters()
     return randomize(model).train()
 

@@ -2,14 +2,13 @@ import torch
 
 from lavis.core.types import Batch
 from lavis.models.blip2_qformer import Blip2QFormer
-from lavis.models.configs import Blip2QFormerStage1Config
-from tests.models.conftest import randomize, tower_settings
+from tests.models.conftest import model_config, randomize, tower_settings
 
 
 def stage1(**changes):
     torch.manual_seed(0)
     trained = {"freeze_vit": False, "freeze_qformer": False, "freeze_queries": False, "embed_dim": 24}
-    return randomize(Blip2QFormer(Blip2QFormerStage1Config(**tower_settings(**trained | changes)), 60, 0)).eval()
+    return randomize(Blip2QFormer(model_config("blip2_qformer", **tower_settings(**trained | changes)), 60, 0)).eval()
 
 
 def captions(rows=3, length=9, pad=2):

@@ -10,7 +10,7 @@ import torch
 
 from lavis.core.errors import CheckpointError
 from lavis.models.llm import load_llm
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.vlm import Vlm
 from tests.models.conftest import IMAGE_ID, batch_of, randomize, small_llm, small_model
 
 GGUF_NAMES = {
@@ -75,13 +75,13 @@ def test_a_quantised_llm_trains_the_projection(tmp_path: Path, kind: str) -> Non
     batch = batch_of([20, 15], [1, 1])
     losses, gradients = [], []
     for llm in (load_llm(str(tmp_path)), load_llm(str(tmp_path), quantization=kind)):
-        model = MiniGPT4Qwen(source.config, llm, IMAGE_ID)
+        model = Vlm(source.config, llm, IMAGE_ID)
         rest = {k: v for k, v in source.state_dict().items() if not k.startswith("llm_model.")}
         model.load_state_dict(rest, strict=False)
         out = model.train()(batch)
         out.loss_sum.backward()
         losses.append(out.loss_sum.item())
-        gradients.append(model.llm_proj.weight.grad.flatten())
+        gradients.append(model.connector.llm_proj.weight.grad.flatten())
     assert losses[0] != losses[1]  # it is quantised
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert torch.cosine_similarity(*gradients, dim=0) > 0.9
@@ -98,5 +98,5 @@ def test_a_placeholder_needs_no_row_in_the_embedding() -> None:
 
 def test_a_placed_llm_stays_where_it_is() -> None:
     model = small_model(llm_device_map="cpu").to("meta")
-    assert model.llm_proj.weight.is_meta and model.query_tokens.is_meta
+    assert model.connector.llm_proj.weight.is_meta and model.connector.query_tokens.is_meta
     assert not next(model.llm_model.parameters()).is_meta

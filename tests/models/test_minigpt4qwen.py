@@ -10,7 +10,7 @@ def loss_and_gradient(model, batch):
     model.zero_grad()
     out = model(batch)
     out.loss_sum.backward()
-    return out.loss_sum.detach(), model.llm_proj.weight.grad.clone()
+    return out.loss_sum.detach(), model.connector.llm_proj.weight.grad.clone()
 
 
 def test_loss_is_the_llms_own_loss_over_supervised_tokens(model):
@@ -61,7 +61,7 @@ def test_only_the_projection_is_trained_and_frozen_parts_build_no_graph(model):
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["llm_proj.weight", "llm_proj.bias"]
     batch = batch_of([15], [1])
     assert not model.encode_images(batch.pixel_values).requires_grad
-    assert not (model.visual_encoder.training or model.Qformer.training or model.llm_model.training)
+    assert not (model.visual_encoder.training or model.connector.Qformer.training or model.llm_model.training)
     loss_and_gradient(model, batch)
     assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("llm_proj"))
 
@@ -71,7 +71,7 @@ def test_each_part_can_be_trained():
     model(batch_of([15], [1])).loss_sum.backward()
     unused = [n for n, p in model.named_parameters() if p.grad is None]
     assert unused == []
-    assert model.visual_encoder.training and model.Qformer.training and model.llm_model.training
+    assert model.visual_encoder.training and model.connector.Qformer.training and model.llm_model.training
 
 
 def test_lora_trains_adapters_alone():
@@ -133,5 +133,5 @@ def test_answers_do_not_depend_on_the_batch_and_equal_transformers_generate(mode
 def test_placeholders_get_the_projected_vectors_in_reading_order(model):
     batch = batch_of([18, 12], [2, 1])
     embeds = model.embed(batch)
-    vectors = model.llm_proj(model.encode_images(batch.pixel_values)).flatten(0, 1)
+    vectors = model.connector.llm_proj(model.encode_images(batch.pixel_values)).flatten(0, 1)
     torch.testing.assert_close(embeds[batch.input_ids == IMAGE_ID], vectors)

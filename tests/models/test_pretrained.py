@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavis.core.errors import CheckpointError, ConfigError
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.vlm import Vlm
 from tests.models.conftest import batch_of, small_model
 
 
@@ -20,7 +20,7 @@ def test_round_trip(tmp_path, changes, size):
     model.llm_model.generation_config.repetition_penalty = 1.05
     model.save_pretrained(tmp_path, max_shard_size=size)
     assert (len(list(tmp_path.glob("*.safetensors"))) == 1) == (size == "5GB")
-    again = MiniGPT4Qwen.from_pretrained(tmp_path)
+    again = Vlm.from_pretrained(tmp_path)
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
@@ -36,17 +36,17 @@ def test_a_tied_head_is_saved_once(tmp_path):
     model.llm_model.config.tie_word_embeddings = True
     model.llm_model.tie_weights()
     model.save_pretrained(tmp_path)
-    again = MiniGPT4Qwen.from_pretrained(tmp_path).llm_model
+    again = Vlm.from_pretrained(tmp_path).llm_model
     assert torch.equal(again.lm_head.weight, model.llm_model.lm_head.weight)
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
 
 
 def test_what_is_no_such_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        MiniGPT4Qwen.from_pretrained(tmp_path)
+        Vlm.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(CheckpointError, match="'llava'"):
-        MiniGPT4Qwen.from_pretrained(tmp_path)
+        Vlm.from_pretrained(tmp_path)
 
 
 def test_a_tensor_too_few(tmp_path):
@@ -59,7 +59,7 @@ def test_a_tensor_too_few(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"missing: llm_model\.model\.layers\.1\.self_attn\.q_proj\.bias, ln_vision\.bias"
     ):
-        MiniGPT4Qwen.from_pretrained(tmp_path)
+        Vlm.from_pretrained(tmp_path)
 
 
 def test_a_section_of_another_version(tmp_path):
@@ -68,11 +68,11 @@ def test_a_section_of_another_version(tmp_path):
     values["model"]["colour"] = "red"
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"model\.colour"):
-        MiniGPT4Qwen.from_pretrained(tmp_path)
+        Vlm.from_pretrained(tmp_path)
 
 
 def test_quantised_weights_are_not_saved(tmp_path):
     model = small_model()
-    model.config.llm_quantization = "int4"
+    model.config.llm.quantization = "int4"
     with pytest.raises(ConfigError, match="int4"):
         model.save_pretrained(tmp_path)

@@ -12,13 +12,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from lavis.core.errors import CheckpointError, ConfigError, DataError
-from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.llm import check_context, generate, load_llm
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.vlm import Vlm
 from lavis.weights.qwen1 import open_qwen1
 from lavis.weights.shards import Shards
-from lavis.weights.tensors import load_finetuned
-from tests.models.conftest import IMAGE_ID, batch_of, tower_settings
+from tests.models.conftest import IMAGE_ID, batch_of, model_config, start_from, tower_settings
 from tests.models.qwen1_reference import (
     CONFIG,
     FOURTEEN_B,
@@ -223,7 +221,7 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path, weights, form
 def test_contexts_beyond_seq_length_are_refused(tmp_path, weights):
     model = load_llm(str(write_folder(tmp_path, weights)))
     check_context(model, 64)
-    with pytest.raises(ConfigError, match="max_txt_len is 65, but the LLM reads at most 64"):
+    with pytest.raises(ConfigError, match="model.max_length is 65, but the LLM reads at most 64"):
         check_context(model, 65)
     prompt = torch.randn(1, 60, 48)
     assert len(generate(model, prompt, [60], [512], 0, max_new_tokens=30, do_sample=False)[0]) == 4
@@ -235,13 +233,13 @@ def test_a_recipe_sees_through_it(tmp_path, weights):
     folder = write_folder(tmp_path, weights)
     end = len(write_vocabulary(folder)) + 2
     settings = tower_settings(llm_model=str(folder), vit_model="eva_clip_g", load_pretrained=False)
-    model = MiniGPT4Qwen.from_config(MiniGPT4QwenConfig(**settings, max_txt_len=64)).eval()
+    model = Vlm.from_config(model_config(**settings, max_txt_len=64)).eval()
     assert model.image_token_id == end + 1
     batch = batch_of([20], [1])
     batch.input_ids[batch.input_ids == IMAGE_ID] = model.image_token_id
     assert len(model.generate(batch, [end], 0, max_new_tokens=5, do_sample=False)[0]) <= 5
-    with pytest.raises(ConfigError, match="max_txt_len is 65, but the LLM reads at most 64"):
-        MiniGPT4Qwen.from_config(MiniGPT4QwenConfig(**settings, max_txt_len=65))
+    with pytest.raises(ConfigError, match="model.max_length is 65, but the LLM reads at most 64"):
+        Vlm.from_config(model_config(**settings, max_txt_len=65))
 
 
 def test_four_bit_weights_are_made_while_reading(tmp_path, weights):
@@ -252,9 +250,7 @@ def test_four_bit_weights_are_made_while_reading(tmp_path, weights):
 
 
 def test_the_originals_full_dict_fills_the_language_model(tmp_path, weights):
-    model = MiniGPT4Qwen(
-        MiniGPT4QwenConfig(**tower_settings()), load_llm(str(write_folder(tmp_path, random_weights(seed=1)))), 299
-    )
+    model = Vlm(model_config(**tower_settings()), load_llm(str(write_folder(tmp_path, random_weights(seed=1)))), 299)
     full = {f"llm_model.{name}": tensor for name, tensor in weights.items()}
     full |= {
         "llm_proj.weight": torch.randn(48, 40),
@@ -262,18 +258,18 @@ def test_the_originals_full_dict_fills_the_language_model(tmp_path, weights):
         "llm_model.transformer.rotary_emb.inv_freq": torch.ones(6),
     }
     torch.save({"model": full}, tmp_path / "model.pth")
-    load_finetuned(model, str(tmp_path / "model.pth"))
+    start_from(model, tmp_path / "model.pth")
     ids = torch.randint(0, CONFIG["vocab_size"], (20,))
     with torch.inference_mode():
         assert relative(model.llm_model(ids[None]).logits[0], logits(weights, ids)) < 1e-5
-    assert torch.equal(model.llm_proj.bias, full["llm_proj.bias"])
+    assert torch.equal(model.connector.llm_proj.bias, full["llm_proj.bias"])
 
 
 def test_another_language_model_keeps_names_that_look_alike(tmp_path):
     llm = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=1, n_head=4))
-    model = MiniGPT4Qwen(MiniGPT4QwenConfig(**tower_settings()), llm, 299)
+    model = Vlm(model_config(**tower_settings()), llm, 299)
     name = "llm_model.transformer.h.0.attn.c_attn.weight"
     tensors = {name: torch.randn(48, 144), "llm_proj.weight": torch.randn(48, 40), "llm_proj.bias": torch.randn(48)}
     torch.save(tensors, tmp_path / "model.pth")
-    load_finetuned(model, str(tmp_path / "model.pth"))
+    start_from(model, tmp_path / "model.pth")
     assert torch.equal(model.state_dict()[name], tensors[name])

@@ -4,11 +4,11 @@ device.
 
 import torch
 
-from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.vision import Blip2Base
-from lavis.weights import tensors as weights
+from lavis.models.connectors import qformer_linear
+from lavis.models.towers import eva
 
 WIDTH, MLP, BERT, BERT_MLP = 1408, 6144, 768, 3072
+from tests.models.conftest import model_config
 
 
 def norm(name, width):
@@ -71,18 +71,22 @@ def blip2_flant5xxl():
 
 def test_the_released_files_fill_the_whole_tower(monkeypatch):
     files = {"eva_vit_g.pth": eva_vit_g(), "blip2_pretrained_flant5xxl.pth": blip2_flant5xxl()}
-    monkeypatch.setattr(
-        weights, "read_tensors", lambda path: {k: torch.empty(s, device="meta") for k, s in files[path].items()}
-    )
-    model = Blip2Base(MiniGPT4QwenConfig(), on_meta=True)
-    assert all(p.is_meta for p in model.parameters())
-    vit = weights.load_vit(model, "eva_vit_g.pth")
-    rest = weights.load_tower(model, "blip2_pretrained_flant5xxl.pth", with_vit=False)
-    assert {*vit.loaded, *rest.loaded} == set(model.state_dict())
+    for module in (eva, qformer_linear):
+        monkeypatch.setattr(
+            module, "read_tensors", lambda path: {k: torch.empty(s, device="meta") for k, s in files[path].items()}
+        )
+    monkeypatch.setattr(eva.EvaTower, "complete", lambda self: None)
+    config = model_config()
+    with torch.device("meta"):
+        tower = eva.EvaTower(config.tower)
+        connector = qformer_linear.QFormer(config.connector, config.tower.width())
+    assert all(p.is_meta for part in (tower, connector) for p in part.parameters())
+    vit = tower.load("eva_vit_g.pth")
+    rest = connector.load("blip2_pretrained_flant5xxl.pth")
+    own = {f"visual_encoder.{name}" for name in tower.model.state_dict()} | {*connector.state_dict()}
+    assert {*vit.loaded, *rest.loaded} == own
     assert len(vit.loaded) == 4 + 39 * 13 and {name.split(".")[2] for name in vit.ignored} == {"39"}
-    assert (
-        round(sum(p.numel() for n, p in model.named_parameters() if n.startswith("visual_encoder.")), -6) == 986_000_000
-    )
+    assert round(sum(p.numel() for p in tower.parameters()), -6) == 986_000_000
     left_out = {
         name
         for name in rest.ignored

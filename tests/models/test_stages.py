@@ -6,9 +6,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavis.core.errors import CheckpointError, ConfigError
-from lavis.models.configs import MiniGPT4QwenConfig
+from lavis.models.configs import VlmConfig
+from lavis.models.llm import load_llm
+from lavis.models.parts import Init, LlmConfig, LoraSettings
 from lavis.models.stages import SPLITTABLE, Part, Stage, cut, llm_part, load_part, open_llm
-from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, small_model, tower_settings
+from lavis.models.vlm import Vlm
+from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, model_config, small_model, tower_settings
 
 DIMENSIONS = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -73,7 +76,7 @@ def test_the_stages_of_a_model_that_sees_give_its_loss(tmp_path):
     model, batch = small_model(), batch_of([15, 12], [1, 0])
     model.llm_model.save_pretrained(tmp_path)
     parts = list(stages(tmp_path, [1, 1]))
-    built = [Stage(MiniGPT4QwenConfig(**tower_settings()), llm, part, IMAGE_ID).train() for part, llm in parts]
+    built = [Stage(model_config(**tower_settings()), llm, part, IMAGE_ID).train() for part, llm in parts]
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("llm_model.")}
     built[0].front.load_state_dict(own, strict=False)
     hidden = built[1](built[0]((batch.input_ids, batch.position_ids, batch.pixel_values)))
@@ -95,3 +98,36 @@ def test_what_is_missing_or_can_not_be_cut_is_told(tmp_path):
         open_llm(str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="GGUF"):
         open_llm("some/model.gguf")
+
+
+def test_two_blocks_over_two_stages_of_text_alone_with_adapters(tmp_path):
+    config = VlmConfig(llm=LlmConfig(weights=str(tmp_path), train="lora", lora=LoraSettings(rank=2, dropout=0.0)))
+    write(tmp_path, "qwen2", num_hidden_layers=2)
+    model = Vlm(config, load_llm(str(tmp_path)))
+    model.add_adapters()
+    built = [Stage(config, llm, part, None).train() for part, llm in stages(tmp_path, [1, 1])]
+    own = {name: p for stage in built for name, p in stage.whole_names() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert own.keys() == trained.keys()
+    for name, p in trained.items():
+        p.data.normal_(std=0.1)
+        own[name].data.copy_(p)
+    batch = batch_of([15, 12], [0, 0])
+    hidden = built[1](built[0]((batch.input_ids, batch.position_ids, torch.empty(0))))
+    torch.testing.assert_close(built[1].loss(hidden, batch.labels), model.train()(batch).loss_sum, rtol=1e-6, atol=0)
+
+
+def test_each_stage_starts_from_its_part_of_a_source(tmp_path):
+    """An LLM trained in full, and the projection, as `init` names them."""
+    source = small_model(freeze_llm=False)
+    small_model().llm_model.save_pretrained(tmp_path)
+    trained = {name: p.detach().clone() for name, p in source.named_parameters() if p.requires_grad}
+    save_file(trained, tmp_path / "trained.safetensors", metadata={"format": "pt"})
+    config, init = model_config(**tower_settings(freeze_llm=False)), [Init(str(tmp_path / "trained.safetensors"))]
+    frozen = {name: t for name, t in source.state_dict().items() if name not in trained}
+    save_file(frozen | {k: v for k, v in trained.items() if k.startswith("llm_proj")}, tmp_path / "tower.safetensors")
+    config.tower.weights = config.connector.weights = str(tmp_path / "tower.safetensors")
+    built = [Stage(config, llm, part, IMAGE_ID, init).eval() for part, llm in stages(tmp_path, [1, 1])]
+    batch = batch_of([15, 12], [1, 0])
+    hidden = built[1](built[0]((batch.input_ids, batch.position_ids, batch.pixel_values)))
+    torch.testing.assert_close(built[1].loss(hidden, batch.labels), source.eval()(batch).loss_sum, rtol=1e-6, atol=0)

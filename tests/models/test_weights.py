@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from lavis.core.errors import CheckpointError
-from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
-from lavis.weights.tensors import load_configured, load_finetuned, load_tower, load_vit, read_tensors
-from tests.models.conftest import IMAGE_ID, small_llm, small_model, tower_settings
+from lavis.models.initial import load_weights
+from lavis.models.vlm import Vlm
+from lavis.weights.tensors import read_tensors
+from tests.models.conftest import IMAGE_ID, model_config, small_llm, small_model, start_from, tower_settings
 
 
 def original_names(model):
@@ -47,8 +47,8 @@ def test_the_original_files_fill_the_tower(tmp_path):
         p.data.zero_()
     torch.save({"model": original_names(source)}, tmp_path / "blip2.pth")
     torch.save(vit_file(source), tmp_path / "eva.pth")
-    vit = load_vit(model, str(tmp_path / "eva.pth"))
-    rest = load_tower(model, str(tmp_path / "blip2.pth"), with_vit=False)
+    vit = model.visual_encoder.load(str(tmp_path / "eva.pth"))
+    rest = model.connector.load(str(tmp_path / "blip2.pth"))
     tower = {k: v for k, v in source.state_dict().items() if not k.startswith("llm_")}
     for name, value in tower.items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -60,8 +60,8 @@ def test_the_original_files_fill_the_tower(tmp_path):
 def test_a_position_embedding_of_another_image_size_is_resized(tmp_path):
     source, model = small_model(), small_model(image_size=48)
     torch.save(vit_file(source), tmp_path / "eva.pth")
-    report = load_vit(model, str(tmp_path / "eva.pth"))
-    given, got = source.visual_encoder.pos_embed, model.visual_encoder.pos_embed
+    report = model.visual_encoder.load(str(tmp_path / "eva.pth"))
+    given, got = source.visual_encoder.model.pos_embed, model.visual_encoder.model.pos_embed
     grid = given[:, 1:].reshape(1, 4, 4, 48).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
     assert report.resized == ("visual_encoder.pos_embed",)
@@ -74,14 +74,14 @@ def test_a_model_made_without_values_gets_all_of_them_from_its_files(tmp_path):
     torch.save({"model": original_names(source)}, tmp_path / "blip2.pth")
     torch.save(vit_file(source), tmp_path / "eva.pth")
     files = {"pretrained": str(tmp_path / "blip2.pth"), "vit_pretrained": str(tmp_path / "eva.pth")}
-    config = MiniGPT4QwenConfig(**tower_settings(), **files)
-    model = MiniGPT4Qwen(config, small_llm(), IMAGE_ID, on_meta=True)
-    assert model.query_tokens.is_meta
-    load_configured(model, config)
+    config = model_config(**tower_settings(), **files)
+    model = Vlm(config, small_llm(), IMAGE_ID, on_meta=True)
+    assert model.connector.query_tokens.is_meta
+    load_weights(model)
     assert not [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval().encode_images(pixels), source.eval().encode_images(pixels))
-    assert not model.query_tokens.requires_grad
+    assert not model.connector.query_tokens.requires_grad
 
 
 def test_adapters_are_put_on_the_loaded_tower_and_each_has_an_effect(tmp_path):
@@ -91,9 +91,9 @@ def test_adapters_are_put_on_the_loaded_tower_and_each_has_an_effect(tmp_path):
         tmp_path / "tower.safetensors",
     )
     adapters = {"get_lora": True, "lora_parts": ["vit", "qformer"], "lora_dropout": 0.0}
-    config = MiniGPT4QwenConfig(**tower_settings(), pretrained=str(tmp_path / "tower.safetensors"), **adapters)
-    model = MiniGPT4Qwen(config, small_llm(), IMAGE_ID, on_meta=True)
-    load_configured(model, config, model.add_adapters)
+    config = model_config(**tower_settings(), pretrained=str(tmp_path / "tower.safetensors"), **adapters)
+    model = Vlm(config, small_llm(), IMAGE_ID, on_meta=True)
+    load_weights(model)
     pixels = torch.randn(2, 3, 32, 32)
     plain = source.eval().encode_images(pixels)
     torch.testing.assert_close(model.eval().encode_images(pixels), plain)
@@ -109,7 +109,7 @@ def test_adapters_are_put_on_the_loaded_tower_and_each_has_an_effect(tmp_path):
 
 def test_missing_unexpected_and_misshapen_tensors_are_named_and_nothing_is_copied(tmp_path):
     model = small_model()
-    before = model.ln_vision.weight.clone()
+    before = model.connector.ln_vision.weight.clone()
     tensors = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("llm_")}
     tensors["ln_vision.weight"] += 1
     del tensors["ln_vision.bias"]
@@ -117,14 +117,14 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_and_nothing_is_copie
     tensors["stranger.weight"] = torch.ones(2)
     save_file(tensors, tmp_path / "tower.safetensors")
     with pytest.raises(CheckpointError) as error:
-        load_tower(model, str(tmp_path / "tower.safetensors"))
+        model.connector.load(str(tmp_path / "tower.safetensors"))
     for part in (
         "missing: ln_vision.bias",
         "unexpected: stranger.weight",
         "query_tokens: [1, 5, 40] in the file, [1, 4, 40]",
     ):
         assert part in str(error.value)
-    assert torch.equal(model.ln_vision.weight, before)
+    assert torch.equal(model.connector.ln_vision.weight, before)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -132,8 +132,8 @@ def test_a_projection_file_loads_in_both_wrappings(tmp_path, wrapped):
     model = small_model()
     tensors = {"llm_proj.weight": torch.randn(64, 40), "llm_proj.bias": torch.randn(64)}
     torch.save({"model": tensors} if wrapped else tensors, tmp_path / "model.pth")
-    load_finetuned(model, str(tmp_path / "model.pth"))
-    assert torch.equal(model.llm_proj.weight, tensors["llm_proj.weight"])
+    start_from(model, tmp_path / "model.pth")
+    assert torch.equal(model.connector.llm_proj.weight, tensors["llm_proj.weight"])
 
 
 class Evil:

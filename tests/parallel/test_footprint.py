@@ -6,12 +6,11 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from lavis.models.configs import MiniGPT4QwenConfig, VitConfig
 from lavis.models.llm import cross_entropy_sum
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
 from lavis.models.stages import Part, Stage
+from lavis.models.vlm import Vlm
 from lavis.parallel.footprint import CostMode, Footprints, MicroBatch, Precision
-from tests.models.conftest import IMAGE_ID, VOCAB, tower_settings
+from tests.models.conftest import IMAGE_ID, VOCAB, model_config, tower_settings
 
 BATCH = MicroBatch(rows=3, tokens=50, images=3, supervised=40)
 PACKED = replace(BATCH, packed=True)
@@ -34,9 +33,9 @@ CHANGES = {
 
 
 def settings(**changes):
-    values = tower_settings(vit=VitConfig(patch_size=8, embed_dim=48, depth=4, num_heads=4))
-    values["qformer"].dropout = changes.pop("qformer_dropout", 0.1)
-    return MiniGPT4QwenConfig(**values | changes)
+    values = tower_settings(vit={"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4})
+    values["qformer"]["dropout"] = changes.pop("qformer_dropout", 0.1)
+    return model_config(**values | changes)
 
 
 def counted(config, precision, batch):
@@ -44,7 +43,7 @@ def counted(config, precision, batch):
     from transformers import Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    llm = Qwen2ForCausalLM(LLM).to(precision.frozen_llm if config.freeze_llm else torch.float32)
+    llm = Qwen2ForCausalLM(LLM).to(torch.float32 if config.llm.train == "full" else precision.frozen_llm)
     stage = Stage(config, llm, Part(0, 1, 0, DEPTH), IMAGE_ID).train()
     for p in stage.parameters():
         if p.requires_grad:
@@ -92,7 +91,7 @@ def test_parameters_are_those_of_the_model_however_it_is_cut():
     with torch.device("meta"):
         from transformers import Qwen2ForCausalLM
 
-        model = MiniGPT4Qwen(config, Qwen2ForCausalLM(LLM), IMAGE_ID)
+        model = Vlm(config, Qwen2ForCausalLM(LLM), IMAGE_ID)
         model.add_adapters()
     f = Footprints(config, LLM, BATCH, Precision())
     whole = f.stage(DEPTH)

@@ -1,12 +1,16 @@
 """Plans of the shipped recipes on the hardware that they are meant for."""
 
+import gc
+import weakref
 from functools import cache
 
 import pytest
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from lavis.cli import main
 from lavis.config.recipe import load_recipe
 from lavis.core.errors import ConfigError
+from lavis.core.paths import ASSETS_ROOT
 from lavis.parallel.plan import Layout, Machine, Planner
 
 GIB = 2**30
@@ -77,7 +81,7 @@ def test_an_impossible_split_and_an_unknown_card_are_told():
         planner().plan(Layout(41, 41))
     with pytest.raises(ConfigError, match="unknown GPU '3091'"):
         Machine.gpu("3091")
-    with pytest.raises(ConfigError, match="plans are made for minigpt4qwen"):
+    with pytest.raises(ConfigError, match="plans are made for models with an LLM"):
         Planner(load_recipe("shapes/tokenizer_a"), Machine.gpu("3090"))
 
 
@@ -97,3 +101,50 @@ def test_what_does_not_fit_is_told(capsys):
     assert "Nothing fits" in capsys.readouterr().out
     assert main(["plan", "pp_qwen14b/train_pp", "--gpu-memory", "24 gibs"]) == 2
     assert "24GiB" in capsys.readouterr().err
+
+
+def two_blocks(tmp_path, *changes):
+    """A recipe of an LLM with two blocks, on its own or behind the shapes world's tower."""
+    folder = tmp_path / "llm"
+    if not folder.exists():
+        Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1,
+            )
+        ).save_pretrained(folder)  # fmt: skip
+        AutoTokenizer.from_pretrained(ASSETS_ROOT / "shapes/llm_b").save_pretrained(folder)
+    return load_recipe("shapes/align", [f"model.llm.weights={folder}", "model.max_length=64", *changes])
+
+
+TEXT = ["model.tower=null", "model.connector=null", "model.llm.train=lora", "run.task=language_modeling"]
+TEXT += ["run.cache_features=false", "datasets.shapes_instruction.data_type=text"]
+
+
+@pytest.mark.parametrize("changes", [[], TEXT])
+def test_as_many_stages_as_blocks(tmp_path, changes):
+    recipe = two_blocks(tmp_path, *changes)
+    planner = Planner(recipe, Machine.gpu("3090"), ranks=2)
+    plan = planner.plan(Layout(2, 2))
+    assert plan.blocks == (1, 1) and plan.fits(planner.machine)
+    whole = planner.plan(Layout(1))
+    anchor = not changes  # stands for something to train in the stage behind
+    assert sum(f.parameters for f in plan.footprints) == whole.footprints[0].parameters + anchor
+    assert sum(f.forward_flops for f in plan.footprints) == whole.footprints[0].forward_flops
+    assert whole.batch.images == 0 if changes else whole.batch.images > 0
+
+
+def test_a_new_llm_is_planned_by_its_dimensions():
+    recipe = load_recipe("shapes/llm_b", ["model.llm.tokenizer=shapes/llm_b"])
+    planner = Planner(recipe, Machine.gpu("3090"))
+    (footprint,) = planner.best(Layout(1)).footprints
+    assert footprint.trained == footprint.parameters > 900_000
+
+
+def test_a_planner_is_gone_when_nothing_holds_it():
+    planner = Planner(load_recipe("shapes/align"), Machine.gpu("3090"))
+    planner.plan(Layout(1))
+    alive = weakref.ref(planner)
+    del planner
+    gc.collect()
+    assert alive() is None

@@ -15,7 +15,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from lavis.core.errors import DataError
 from lavis.core.types import Conversation, ImageRef, Message
 from lavis.data.assemble import load_tokenizer
-from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.tokens.qwen1 import qwen1_tokenizer
 from lavis.tokens.template import ChatTemplate
 from tests.models.qwen1_reference import CONFIG, write_vocabulary
@@ -47,6 +46,7 @@ ODD = [
     "👨‍👩‍👧",
 ]
 ODD += ["，", "。", "\u200b", "İ", "ß", "Å", "\u212b", *SPECIAL[:4]]
+from tests.models.conftest import model_config
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_a_chat_is_chatml_with_the_default_system_message(tokenizer):
 
 
 def test_recipes_get_it_and_a_users_control_tokens_stay_text(folder, reference):
-    tokenizer = load_tokenizer(MiniGPT4QwenConfig(llm_model=str(folder)))
+    tokenizer = load_tokenizer(model_config(llm_model=str(folder)))
     assert isinstance(tokenizer, PreTrainedTokenizerFast) and tokenizer.is_fast
     template = ChatTemplate(tokenizer, num_query_token=3)
     question = Message("user", ("<Img>", ImageRef("a.png"), "</Img> What?<|im_end|>"))

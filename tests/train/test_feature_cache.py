@@ -39,8 +39,8 @@ def test_a_changed_tower_picture_or_processor_is_encoded_anew(tmp_path, monkeypa
     files.append(cache_features(model, paths, images, "another size", ALONE).file)
     pictures(tmp_path, ["red", "green"])
     files.append(cache_features(model, paths, images, "eval", ALONE).file)
-    model.llm_proj.weight.data += 1  # what is behind the tower does not matter
+    model.connector.llm_proj.weight.data += 1  # what is behind the tower does not matter
     assert cache_features(model, paths, images, "eval", ALONE).file == files[-1]
-    model.ln_vision.bias.data += 1
+    model.connector.ln_vision.bias.data += 1
     files.append(cache_features(model, paths, images, "eval", ALONE).file)
     assert len(set(files)) == 4

@@ -13,8 +13,8 @@ def test_no_decay_on_vectors_and_layerwise_rates_from_the_top_of_the_vit():
     optimizer = build_optimizer(model, RunConfig(weight_decay=0.3, lr_layer_decay=0.5))
     set_learning_rate(optimizer, 1.0)
     found = {p: (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-    vit = model.visual_encoder
-    assert found[model.llm_proj.weight] == (0.3, 1.0) and found[model.llm_proj.bias] == (0.0, 1.0)
+    vit = model.visual_encoder.model
+    assert found[model.connector.llm_proj.weight] == (0.3, 1.0) and found[model.connector.llm_proj.bias] == (0.0, 1.0)
     assert found[vit.blocks[1].mlp.fc1.weight] == (0.3, 0.5)
     assert found[vit.blocks[0].mlp.fc1.weight] == (0.3, 0.25)
     assert found[vit.patch_embed.proj.weight] == (0.3, 0.125)

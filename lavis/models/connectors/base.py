@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
-from torch import nn
 
+from lavis.models.part import Part
 from lavis.models.parts import ConnectorConfig
 
 
-class Connector(nn.Module, ABC):
+class Connector(Part, ABC):
     """[N, T, D_tower] vectors of the tower -> [N, config.span(T), D_llm] inputs of the LLM, in two steps.
 
     `encode` is what can be kept when it is frozen together with the tower (a Q-Former's output; the tower's own vectors
@@ -18,6 +19,8 @@ class Connector(nn.Module, ABC):
     """
 
     config: ConnectorConfig
+    encoder_prefixes: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of the tensors that `encode` uses."""
 
     @classmethod
     @abstractmethod

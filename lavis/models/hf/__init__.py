@@ -1,0 +1,1 @@
+"""Folders of transformers models that a Vlm equals: read and written."""
