@@ -150,9 +150,9 @@ def _annotation_addresses(recipe: Recipe) -> Iterator[str]:
 
 
 TASKS_OF_ARCH = {
-    "minigpt4qwen": ("image_text_pretrain", "deepspeed_image_text_pretrain"),
+    "minigpt4qwen": ("image_text_pretrain", "deepspeed_image_text_pretrain", "sft", "document"),
     "blip2_qformer": ("blip2_stage1",),
-    "causal_lm": ("language_modeling",),
+    "causal_lm": ("language_modeling", "sft", "document"),
     "byte_level_bpe": ("tokenizer_training",),
 }
 
@@ -193,7 +193,7 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
             f"model.llm_quantization {quantization} does not go with ZeRO-3, which splits weights: set"
             f" it to null, or {key}=2."
         )
-    if run.runner == "pipeline_runner":
+    if run.runner in ("pipeline_runner", "pipeline"):
         yield from _pipeline(recipe, stage)
     if stage == 3 and run.export:
         yield (

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lavis.core.errors import CheckpointError, ConfigError
-from lavis.core.registries import TASKS
 from lavis.data.image import image_processor
+from lavis.data.texts import Texts
 from lavis.export.blip2 import as_blip2, blip2_config
 from lavis.export.hf_processor import write_processor
 from lavis.export.model_card import model_card
 from lavis.export.trained import Trained
 from lavis.models.llm import DTYPES
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
-from lavis.objectives.base import Task
-from lavis.runs.checkpoint import identity
+from lavis.runs.checkpoint import frozen_files, identity
 from lavis.runs.folder import frozen_differences
 from lavis.weights.tensors import load_tensors
 
@@ -58,33 +58,33 @@ def export_hf(
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give a new folder, or empty this one.")
-    task: Task = TASKS.get(trained.recipe.run.task)(trained.recipe)
-    frozen = {key: identity(path) for key, path in task.frozen_files().items()}
+    texts = Texts.of(trained.recipe)
+    frozen = {key: identity(path) for key, path in frozen_files(trained.recipe.model).items()}
     if changed := frozen_differences(trained.checkpoint.state().frozen, frozen):
         names = ", model.".join(changed)
         raise CheckpointError(
             f"{trained.checkpoint.path} was trained with other frozen weights than those there now: model.{names}. Put"
             " those back."
         )
-    model = build(trained, task, precision)
+    model = build(trained, texts.tokenizer, precision)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_model(model, task.template, folder, max_shard_size)
+    _write_model(model, texts.template, folder, max_shard_size)
     dataset = next(iter(trained.recipe.datasets.values()))
-    template = cast("ChatTemplate", task.template)  # a model that sees and answers has no other
-    differences = write_processor(folder, task.tokenizer, template, image_processor(dataset.vis_processor.eval))
+    template = cast("ChatTemplate", texts.template)  # a model that sees and answers has no other
+    differences = write_processor(folder, texts.tokenizer, template, image_processor(dataset.vis_processor.eval))
     for difference in differences:
         log.warning("stock transformers reads this prompt otherwise: %s", difference)
     (folder / "README.md").write_text(model_card(trained, differences), encoding="utf-8")
     return HfExport(folder, tuple(sorted(folder.iterdir())), tuple(differences))
 
 
-def build(trained: Trained, task: Task, precision: Precision = "auto") -> MiniGPT4Qwen:
+def build(trained: Trained, tokenizer: PreTrainedTokenizerBase, precision: Precision = "auto") -> MiniGPT4Qwen:
     """The trained model on the CPU, its LoRA adapters merged, in eval mode."""
     # A quantised LLM has lost its weights: the ones it was made from are exported.
     config = replace(trained.model, llm_quantization=None, llm_device_map=None)
     llm_frozen = config.freeze_llm and not (config.get_lora and "llm" in config.lora_parts)
     model = MiniGPT4Qwen.from_config(
-        config, task.tokenizer, llm_dtype="auto" if precision == "auto" and llm_frozen else torch.float32
+        config, tokenizer, llm_dtype="auto" if precision == "auto" and llm_frozen else torch.float32
     )
     tensors = trained.checkpoint.tensors()
     load_tensors(

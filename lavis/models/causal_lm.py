@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lavis.core.output import LossOutput
 from lavis.core.registries import MODELS
 from lavis.core.types import Batch
 from lavis.data.assemble import load_tokenizer
 from lavis.models.configs import CausalLMConfig
-from lavis.models.llm import check_context, generate, load_llm, new_llm, recompute_activations, supervised_loss
+from lavis.models.llm import check_context, hidden_states, load_llm, new_llm, recompute_activations
+from lavis.models.scoring import Scorer
 
 
 @MODELS.register("causal_lm")
 class CausalLM(nn.Module):
     """`llm_model` trained in full on the supervised tokens of conversations."""
-
-    logits_chunks: int | None = None
-    """See lavis.models.llm.cross_entropy_sum."""
 
     def __init__(self, llm: PreTrainedModel) -> None:
         super().__init__()
@@ -62,17 +59,29 @@ class CausalLM(nn.Module):
         table = self.llm_model.get_input_embeddings()
         return table(input_ids.to(table.weight.device))
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """Loss over the batch's supervised tokens."""
-        loss_sum = supervised_loss(
-            self.llm_model, self.embed(batch), batch.labels, batch.position_ids, self.logits_chunks
-        )
-        return LossOutput(loss_sum, batch.num_tokens)
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Last hidden states [B, L, D], behind the final norm."""
+        return hidden_states(self.llm_model, self.embed(batch), batch.position_ids)
 
-    def generate(
-        self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any
-    ) -> list[list[int]]:
-        """Continue the prompts of `batch`; see lavis.models.llm.generate."""
-        with torch.inference_mode():
-            embeds = self.embed(batch)
-        return generate(self.llm_model, embeds, batch.lengths, stop_token_ids, pad_token_id, **settings)
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """As `hidden`."""
+        return self.hidden(batch)
+
+    def scorer(self, calls: Callable[[int], int] | None = None) -> Scorer:
+        """The LLM's head; `calls`: see Scorer."""
+        return Scorer(self.llm_model, calls)
+
+    def filler(self, batch: Batch, *, run_frozen: bool = False) -> Batch:
+        """As MiniGPT4Qwen's; every part takes part in any batch."""
+        return batch
+
+    def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """As Blip2Base's; there are none."""
+        return []
+
+    def export(self, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+        """A Hugging Face folder: the LLM and its tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.llm_model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return [folder]

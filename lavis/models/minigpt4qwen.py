@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lavis.core.output import LossOutput
 from lavis.core.registries import MODELS
 from lavis.core.types import Batch
 from lavis.data.assemble import load_tokenizer
@@ -22,16 +21,16 @@ from lavis.models.llm import (
     check_context,
     free_memory,
     frozen_dtype,
-    generate,
+    hidden_states,
     load_llm,
     recompute_activations,
     spread,
-    supervised_loss,
 )
 from lavis.models.pretrained import load_model, save_model
+from lavis.models.scoring import Scorer
 from lavis.models.vision import Blip2Base, tower_bytes
 from lavis.tokens.template import image_token_id
-from lavis.weights.tensors import load_configured
+from lavis.weights.tensors import TOWER_PREFIXES, load_configured, write_tensors
 
 
 @MODELS.register("minigpt4qwen")
@@ -42,9 +41,6 @@ class MiniGPT4Qwen(Blip2Base):
     `image_token_id` is the id of the placeholder in input_ids. Adapters are put on by `add_adapters`, once the weights
     are there.
     """
-
-    logits_chunks: int | None = None
-    """See lavis.models.llm.cross_entropy_sum."""
 
     def __init__(
         self, config: MiniGPT4QwenConfig, llm: PreTrainedModel, image_token_id: int, *, on_meta: bool = False
@@ -177,20 +173,37 @@ class MiniGPT4Qwen(Blip2Base):
         queries = self.encode_images(images) if images.ndim == 4 else images
         return embeds.masked_scatter(places.unsqueeze(-1), self.llm_proj(queries).to(embeds))
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """Loss over the batch's supervised tokens."""
-        loss_sum = supervised_loss(
-            self.llm_model, self.embed(batch), batch.labels, batch.position_ids, self.logits_chunks
-        )
-        return LossOutput(loss_sum, batch.num_tokens)
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The LLM's last hidden states [B, L, D], behind its final norm."""
+        return hidden_states(self.llm_model, self.embed(batch), batch.position_ids)
 
-    def generate(
-        self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any
-    ) -> list[list[int]]:
-        """Continue the prompts of `batch`; see lavis.models.llm.generate."""
-        with torch.inference_mode():
-            embeds = self.embed(batch)
-        return generate(self.llm_model, embeds, batch.lengths, stop_token_ids, pad_token_id, **settings)
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """As `hidden`."""
+        return self.hidden(batch)
+
+    def scorer(self, calls: Callable[[int], int] | None = None) -> Scorer:
+        """The LLM's head; `calls`: see Scorer."""
+        return Scorer(self.llm_model, calls)
+
+    def filler(self, batch: Batch, *, run_frozen: bool = False) -> Batch:
+        """`batch` such that every trained part takes part, with no effect on what comes out: one without images is
+        given vectors or an image that have no place in it.
+
+        run_frozen: a frozen tower takes part too.
+        """
+        if batch.pixel_values is not None or batch.features is not None:
+            return batch
+        c, ids = self.config, batch.input_ids
+        if run_frozen or not self.tower_frozen:
+            return replace(batch, pixel_values=torch.zeros(1, 3, c.image_size, c.image_size, device=ids.device))
+        nothing = torch.empty(0, c.num_query_token, c.qformer.hidden_size, device=ids.device)
+        return replace(batch, features=nothing)
+
+    def export(self, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+        """`tower.safetensors`: the vision tower, Q-Former and the projection it was trained with."""
+        prefixes = (*TOWER_PREFIXES, "llm_proj.")
+        tensors = {k: v for k, v in self.state_dict().items() if k.startswith(prefixes)}
+        return [write_tensors(tensors, folder / "tower.safetensors", dtype)]
 
 
 def _room_beside_tower(config: MiniGPT4QwenConfig, device: torch.device | str) -> dict[int | str, int]:

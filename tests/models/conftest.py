@@ -4,9 +4,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from lavis.core.dist import World
 from lavis.core.types import IGNORE_INDEX, Batch
 from lavis.models.configs import MiniGPT4QwenConfig, QFormerConfig, VitConfig
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.objectives.learner import Learner
+from lavis.objectives.sft import NextToken
 
 IMAGE_ID, VOCAB = 299, 300
 
@@ -47,6 +50,11 @@ def small_model(**changes):
     model = MiniGPT4Qwen(config, small_llm(), IMAGE_ID)
     model.add_adapters()
     return randomize(model).train()
+
+
+def loss_of(model, batch):
+    """The summed next-token loss of `model` on `batch`."""
+    return Learner(model, NextToken(), World(0, 0, 1, torch.device("cpu")))(batch).loss_sum
 
 
 def batch_of(lengths, images, seed=0):
