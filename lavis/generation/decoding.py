@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -255,7 +255,7 @@ class LocalDecoder(KeyValueDecoder):
 
     @property
     def _device(self) -> torch.device:
-        return self.llm.get_input_embeddings().weight.device
+        return cast(torch.Tensor, self.llm.get_input_embeddings().weight).device
 
     def _forward(self, inputs: torch.Tensor | None, **settings: Any) -> torch.Tensor | None:
         assert inputs is not None
@@ -276,5 +276,5 @@ class LocalDecoder(KeyValueDecoder):
             return super().generate(batch, stop_token_ids, pad_token_id, settings)
         with torch.inference_mode():
             embeds = self.model.embed(batch)
-        more = {"synced_gpus": True} if self.synced else {}
+        more: dict[str, Any] = {"synced_gpus": True} if self.synced else {}
         return generate_whole(self.llm, embeds, batch.lengths, stop_token_ids, pad_token_id, settings, **more)

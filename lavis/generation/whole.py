@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor, StoppingCriteria
@@ -44,7 +44,7 @@ def generate_whole(
     embeds = left_padded(inputs_embeds, lengths)
     places = torch.arange(longest, device=embeds.device)
     mask = torch.stack([places >= longest - n for n in lengths]).long()
-    ids = llm.generate(
+    ids = cast(Any, llm).generate(
         inputs_embeds=embeds,
         attention_mask=mask,
         eos_token_id=list(stop_token_ids),

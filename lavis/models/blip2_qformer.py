@@ -1,4 +1,4 @@
-"""The model of BLIP-2's first stage: a Q-Former that reads captions beside its queries, with the heads of its losses."""
+"""The model of BLIP-2's first stage: a Q-Former that reads captions beside its queries, and its heads."""
 
 from __future__ import annotations
 

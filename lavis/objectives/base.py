@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from lavis.core.output import LossOutput
 from lavis.core.types import Batch
+from lavis.generation.decoding import Decoder
 
-if TYPE_CHECKING:
-    from lavis.objectives.learner import Learner
+
+class Actors(Protocol):
+    """Whom an objective asks before a step: a lavis.objectives.learner.Learner."""
+
+    def ready(self, batch: Batch) -> Batch:
+        """`batch` as the model is to be given it."""
+
+    def decoder(self) -> Decoder:
+        """What answers prompts, which went through `ready`."""
 
 
 class Objective(ABC):
@@ -39,7 +47,7 @@ class Objective(ABC):
         share weights they call it together.
         """
 
-    def before_step(self, batches: list[Batch], actors: Learner) -> list[Batch]:
+    def before_step(self, batches: list[Batch], actors: Actors) -> list[Batch]:
         """The micro-batches of an optimiser step as the loss is given them: where the model's own answers are what it
         learns from, they are made here.
         """

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BUCKET_BYTES = 64 << 20
+"""Gradients are summed over ranks in flat pieces of about this size."""
+
 
 @dataclass(frozen=True)
 class Layout:

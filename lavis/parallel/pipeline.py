@@ -84,8 +84,8 @@ class Pipeline(Strategy):
         index, replica = divmod(world.rank, replicas)
         groups = [[stage * replicas + r for r in range(replicas)] for stage in range(stages)]
         pipes = [[stage * replicas + r for stage in range(stages)] for r in range(replicas)]
-        same_stage = [dist.new_group(ranks) for ranks in groups][index]
-        pipe_group = [dist.new_group(ranks) for ranks in pipes][replica]
+        same_stage = [_group(ranks) for ranks in groups][index]
+        pipe_group = [_group(ranks) for ranks in pipes][replica]
         data = replace(world, rank=replica, size=replicas, group=same_stage, leads=world.is_main)
         return Ranks(world, data, index, tuple(pipes[replica]), pipe_group)
 
@@ -191,6 +191,11 @@ class Pipeline(Strategy):
         """Name in the stage to name in the whole model, of what is trained."""
         whole = {p: name for name, p in self._trained()}
         return {name: whole[p] for name, p in self.stage.named_parameters() if p in whole}
+
+
+def _group(ranks: list[int]) -> Any:
+    """A process group, which all ranks make together, also those that are not in it."""
+    return dist.new_group(ranks)
 
 
 def _name(key: str) -> str:

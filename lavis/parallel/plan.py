@@ -23,8 +23,7 @@ from lavis.core.paths import CONFIGS_ROOT, resolve
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.stages import SPLITTABLE
 from lavis.parallel.footprint import Footprint, Footprints, MicroBatch, Precision
-from lavis.parallel.layout import Layout
-from lavis.parallel.strategy import BUCKET_BYTES
+from lavis.parallel.layout import BUCKET_BYTES, Layout
 from lavis.weights.gguf import gguf_arguments, is_gguf
 from lavis.weights.qwen1 import qwen2_config
 from lavis.weights.qwen1_format import is_qwen1

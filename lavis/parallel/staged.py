@@ -62,7 +62,7 @@ class Pipe:
 
 
 class StagedLearner(Learner):
-    """A learner whose `model` is this rank's stage. All ranks of one pipeline call it together, with the same batches."""
+    """A learner whose `model` is this rank's stage. The ranks of a pipeline call it together, with the same batches."""
 
     model: Stage
 

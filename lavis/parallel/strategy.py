@@ -26,7 +26,7 @@ from lavis.core.registries import MODELS, STRATEGIES
 from lavis.core.types import Batch
 from lavis.objectives.base import Objective
 from lavis.objectives.learner import Learner
-from lavis.parallel.layout import Layout
+from lavis.parallel.layout import BUCKET_BYTES, Layout
 from lavis.parallel.optim import (
     build_optimizer,
     load_optimizer_tensors,
@@ -38,8 +38,6 @@ from lavis.parallel.optim import (
 if TYPE_CHECKING:
     from lavis.parallel.plan import Planner
 
-BUCKET_BYTES = 64 << 20
-"""Gradients are summed over ranks in flat pieces of about this size."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -96,6 +94,7 @@ class Strategy(ABC):
     @classmethod
     def require(cls, recipe: Recipe) -> None:
         """Raise ConfigError if what it is built on is missing; before there is a process group."""
+        return  # most need nothing that is not there
 
     @classmethod
     def split(cls, run: RunConfig, world: World) -> Ranks:
@@ -220,14 +219,12 @@ class DataParallel(Strategy):
         return value
 
     def _sum_gradients(self) -> None:
-        for p in self.parameters:  # samples that did not touch p count as a gradient of zero, on one rank as on many
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        if self.world.size == 1:
-            return
         bucket: list[torch.Tensor] = []
         size = 0
-        for p in self.parameters:
+        for p in self.parameters:  # samples that did not touch p count as a gradient of zero, on one rank as on many
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self.world.size == 1:
+                continue
             bucket.append(p.grad)
             size += p.grad.nbytes
             if size >= BUCKET_BYTES:

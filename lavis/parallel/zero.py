@@ -201,8 +201,10 @@ class Zero(Strategy):
 
 
 def _unhooked(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters beside the LLM that a module holds itself, next to the parts it calls: such modules are not always
-    run by their forward (an image encoder by `encode_images`, timm's ViT by `forward_features`). They are few and small.
+    """Parameters beside the LLM that a module holds itself, next to the parts it calls.
+
+    Such modules are not always run by their forward (an image encoder by `encode_images`, timm's ViT by
+    `forward_features`), and then no hook sees it. They are few and small.
     """
     parts = [m for name, m in model.named_modules() if not name.startswith("llm_model") and any(m.children())]
     return [p for m in parts for p in m.parameters(recurse=False)]

@@ -80,8 +80,9 @@ class ZeroEngine:
         _gather(self._engine.optimizer.persistent_parameters)
 
     def use_scaler(self, scaler: torch.amp.GradScaler) -> None:
-        """Have fp16's loss scaled by `scaler`, which starts where the recipe says and is in checkpoints. DeepSpeed makes
-        one of its own, with no setting for its start, and takes no other by its configuration.
+        """Have fp16's loss scaled by `scaler`, which starts where the recipe says and is in checkpoints.
+
+        DeepSpeed makes one of its own, with no setting for its start, and takes no other by its configuration.
         """
         if self.stage:
             self._engine.optimizer.torch_autocast_gradscaler = scaler
@@ -114,7 +115,7 @@ class ZeroEngine:
         """AdamW's counter."""
         return next(state["step"] for state in self.optimizer.state.values() if "step" in state)
 
-    def load_state(self, named: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor], rank: int) -> None:
+    def load_state(self, named: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], rank: int) -> None:
         """Restore the optimiser's `<slot>.<name>` tensors; each rank takes its part. Stage 1 to 3."""
         zero = self._engine.optimizer
         step = next((v for k, v in tensors.items() if k.startswith("step.")), torch.zeros(1)).reshape(())
@@ -162,7 +163,7 @@ def _part(value: torch.Tensor, size: int, rank: int) -> torch.Tensor:
     return F.pad(flat[size * rank : size * (rank + 1)], (0, max(0, size - max(0, flat.numel() - size * rank))))
 
 
-def _gather(parameters: list[nn.Parameter]) -> None:
+def _gather(parameters: list[Any]) -> None:
     """Make those of ZeRO-3's `parameters` whole that are not. There is a public context that gathers, but it lets go
     again at its end, before the backward pass.
     """

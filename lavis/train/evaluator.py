@@ -68,7 +68,7 @@ class Evaluator:
                 yield from eval_batches(table, self.data.eval_images, self.pad_token_id, size, rank, ranks)
 
     def test(self, label: str, *, blind: bool = False) -> dict[str, float]:
-        """The metrics of the test splits' answers as `<label>/<split>/<metric>…`; all answers go to answers_<label>.jsonl.
+        """The metrics of the test splits' answers as `<label>/<split>/<metric>…`; answers go to answers_<label>.jsonl.
 
         `blind` takes the images out of the questions. Objectives without answers have none.
         """

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,8 @@ def settle_recomputation(recipe: Recipe, texts: Texts, strategy: type[Strategy],
 
     Before anything is built of it, so that nothing has the undecided one.
     """
-    model, world = recipe.model, ranks.world
+    model: Any = recipe.model
+    world = ranks.world
     if getattr(model, "llm_grad_checkpoint", None) != "auto":
         return recipe
     needed = False

@@ -31,12 +31,9 @@ def train_tokenizer(recipe: Recipe) -> dict[str, Any]:
     builders = [DATASETS.get(name)(name, config) for name, config in recipe.datasets.items()]
     splits = recipe.run.train_splits
     tokenizer = training.fit(c for b in builders for split in splits for c in b.conversations(split))
-    written = training.export(tokenizer, cache_root() / Path(recipe.run.export))
-    summary = {
-        "vocab_size": len(tokenizer),
-        "seconds": round(time.perf_counter() - started, 2),
-        "written": [str(p) for p in written],
-    }
+    written = [str(p) for p in training.export(tokenizer, cache_root() / Path(recipe.run.export))]
+    seconds = round(time.perf_counter() - started, 2)
+    summary = {"vocab_size": len(tokenizer), "seconds": seconds, "written": written}
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    log.info("tokenizer of %d tokens in %.1f s: %s", len(tokenizer), summary["seconds"], summary["written"][0])
+    log.info("tokenizer of %d tokens in %.1f s: %s", len(tokenizer), seconds, written[0])
     return summary
