@@ -32,8 +32,8 @@ from lavis.generation.engine import Engine
 from lavis.generation.model import ChatModel
 from lavis.generation.pictures import open_picture
 from lavis.generation.settings import GenerationSettings
+from lavis.generation.whole import generate_whole
 from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.models.llm import generate
 from lavis.runs.checkpoint import TrainState, identity, save_checkpoint
 from lavis.serve.load import load_chat
 from lavis.serve.session import ChatSession
@@ -98,17 +98,9 @@ def ask_anew(chat: ChatModel, prompt, tokens: int) -> tuple[list[float], float]:
     clock, started = Clock(), time.perf_counter()
     with torch.inference_mode():
         embeds = chat.embed(prompt.ids, [chat.model.encode_images(chat.pixels(p))[0] for p in prompt.pictures])
-    generate(
-        chat.llm,
-        embeds,
-        [len(prompt)],
-        STOPS,
-        0,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        streamer=clock,
-    )
+    settings = GenerationSettings(max_new_tokens=tokens)
+    length = [len(prompt)]
+    generate_whole(chat.llm, embeds, length, STOPS, 0, settings, min_new_tokens=tokens, streamer=clock)
     return clock.times, started
 
 

@@ -51,14 +51,15 @@ LAYOUTS: dict[str, tuple[Layout, bool, list[str]]] = {
 CHILD = """
 import re, sys
 from pathlib import Path
-import lavis.train.runner as base
+from lavis.train.callbacks import StepLog
 status = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-steps = base.RunnerBase._log_step
-def log_step(self, *a):
-    sys.stdout.write(f"MEASURED {self.world.rank} {status('VmHWM')} {a[-1]}\\n")  # at once, as ranks share the stream
+on_step = StepLog.on_step
+def measured(self, step):
+    seconds, rank = step.seconds - step.data_seconds, self.world.rank
+    sys.stdout.write(f"MEASURED {rank} {status('VmHWM')} {seconds}\\n")  # at once, as ranks share the stream
     sys.stdout.flush()
-    return steps(self, *a)
-base.RunnerBase._log_step = log_step
+    return on_step(self, step)
+StepLog.on_step = measured
 from lavis.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """

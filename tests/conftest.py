@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = "from lavis.train.zero_runner import build_operators, find_ninja; find_ninja(); build_operators()"
+BUILD = "from lavis.parallel.deepspeed_setup import build_operators, find_ninja; find_ninja(); build_operators()"
 
 SLOW = ("test_resume", "test_web", "test_demo", "test_equivalence", "test_tutorials", "test_readme", "test_runner")
 """Modules of minutes; they begin first, so that two workers end at the same time."""

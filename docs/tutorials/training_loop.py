@@ -10,9 +10,12 @@ import torch
 
 from lavis.config.recipe import load_recipe
 from lavis.core.dist import world
-from lavis.core.registries import RUNNERS, TASKS
-from lavis.parallel.strategy import DataParallelStrategy
+from lavis.data.texts import Texts
+from lavis.objectives.learner import Learner
+from lavis.objectives.sft import NextToken
+from lavis.parallel.strategy import DataParallel, Ranks, whole_model
 from lavis.train.data import RunData
+from lavis.train.run import run_recipe
 from lavis.train.schedules import horizon, learning_rate
 
 STEPS = 5
@@ -28,11 +31,12 @@ def by_hand() -> list[float]:
     run = recipe.run
     torch.manual_seed(run.seed)  # of the new linear layer
     with world(run.device) as ranks:  # one process here; under torchrun the same lines see several
-        task = TASKS.get(run.task)(recipe)  # knows tokenizer, chat template, loss and export
-        data = RunData(recipe, task, ranks)  # prepared tables, and the plan of which samples make which step
+        texts = Texts.of(recipe)  # tokenizer and chat template
+        data = RunData(recipe, texts, ranks)  # prepared tables, and the plan of which samples make which step
         span = horizon(run, data.plan.steps_per_epoch)
-        model = task.build_model(ranks.device).train()  # everything frozen but llm_proj
-        strategy = DataParallelStrategy(model, task, run, ranks)
+        model = whole_model(recipe, texts.tokenizer, ranks.device).to(ranks.device)  # all frozen but llm_proj
+        learner = Learner(model, NextToken(), ranks).train()  # the model and the loss it is trained with
+        strategy = DataParallel(learner, recipe, Ranks(ranks, ranks), accumulation=data.plan.accum)
         losses: list[float] = []
         for step, batches in enumerate(data.loader.steps(epoch=0)):
             if step == STEPS:
@@ -51,7 +55,7 @@ def by_hand() -> list[float]:
 
 def by_the_runner() -> list[float]:
     recipe = load_recipe("shapes/align", OPTIONS)
-    summary = RUNNERS.get(recipe.run.runner)(recipe).run()
+    summary = run_recipe(recipe)
     lines = (Path(summary["run_folder"]) / "metrics.jsonl").read_text().splitlines()
     return [row["loss"] for row in map(json.loads, lines) if row["kind"] == "train"]
 

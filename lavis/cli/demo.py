@@ -31,15 +31,15 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     from lavis.config.recipe import load_recipe
     from lavis.core.logging import setup_logging
-    from lavis.core.registries import RUNNERS
     from lavis.runs.report import draw_answers
+    from lavis.train.run import run_recipe
 
     setup_logging()
     align, tower = load_recipe("shapes/align", args.options), load_recipe("shapes/evaluate_tower", args.options)
     print("The vision tower with the LLM it was trained with:", flush=True)
-    with_own_llm = RUNNERS.get(tower.run.runner)(tower).run()["results"]["test/test/accuracy"]
+    with_own_llm = run_recipe(tower)["results"]["test/test/accuracy"]
     print("\nThe same tower before an LLM it has never met; only the linear layer between them is trained:", flush=True)
-    summary = RUNNERS.get(align.run.runner)(align).run()
+    summary = run_recipe(align)
     folder = Path(summary["run_folder"])
     results = summary["results"]
     picked = _pick(folder / "answers_test_test.jsonl", args.questions)

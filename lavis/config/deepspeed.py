@@ -7,7 +7,7 @@ from typing import Any
 
 from lavis.core.errors import ConfigError
 
-DEEPSPEED_RUNNERS = ("deepspeed_runner", "pipeline_runner")
+DEEPSPEED_RUNNERS = ("deepspeed_runner", "pipeline_runner", "zero", "pipeline")
 """Runners that read the section."""
 _SHARED = {
     "accum_grad_iters": ("gradient_accumulation_steps", int),

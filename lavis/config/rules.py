@@ -167,7 +167,7 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
             f"model.llm.quantization {quantization} does not go with ZeRO-3, which splits weights: set"
             f" it to null, or {key}=2."
         )
-    if run.runner == "pipeline_runner":
+    if run.runner in ("pipeline_runner", "pipeline"):
         yield from _pipeline(recipe, stage)
     if stage == 3 and run.export:
         yield (

@@ -16,8 +16,8 @@ from lavis.core.errors import RegistryError, did_you_mean
 from lavis.core.registry import Registry
 
 REGISTRIES: dict[str, Registry[Any]] = {
-    "task": registries.TASKS,
-    "runner": registries.RUNNERS,
+    "task": registries.OBJECTIVES,
+    "runner": registries.STRATEGIES,
     "processor": registries.PROCESSORS,
     "lr_schedule": registries.LR_SCHEDULES,
 }
@@ -125,7 +125,7 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any, key: str, 
             problems.append(Problem(key, f"{item!r} is not one of: {', '.join(allowed)}.{hint}"))
         if registry is not None and item is not None and item not in REGISTRIES[registry]:
             kind, known = REGISTRIES[registry].kind, REGISTRIES[registry].list()
-            hint = did_you_mean(item, known)
+            hint = did_you_mean(item, [*known, *REGISTRIES[registry].aliases])
             problems.append(Problem(key, f"unknown {kind} {item!r}.{hint} Known: {', '.join(known)}"))
         if least is not None and item is not None and item < least:
             problems.append(Problem(key, f"{item!r} is below the smallest allowed value, {least:g}"))

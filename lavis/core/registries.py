@@ -58,25 +58,35 @@ PROCESSORS: Registry[Any] = Registry(
     lazy=dict.fromkeys(["blip2_image_train", "blip2_image_eval", "blip_image_eval", "image_plain"], "lavis.data.image")
     | dict.fromkeys(["base_instruction", "blip_caption"], "lavis.data.text"),
 )
-TASKS: Registry[Any] = Registry(
-    "task",
+OBJECTIVES: Registry[Any] = Registry(
+    "objective",
     lazy={
-        "image_text_pretrain": "lavis.objectives.image_text",
-        "deepspeed_image_text_pretrain": "lavis.objectives.image_text",
-        "language_modeling": "lavis.objectives.language_modeling",
+        "sft": "lavis.objectives.sft",
+        "document": "lavis.objectives.sft",
         "blip2_stage1": "lavis.objectives.blip2_stage1",
         "tokenizer_training": "lavis.tokens.training",
     },
-)
-RUNNERS: Registry[Any] = Registry(
-    "runner",
-    lazy={
-        "runner_base": "lavis.train.runner",
-        "deepspeed_runner": "lavis.train.zero_runner",
-        "pipeline_runner": "lavis.train.pipeline_runner",
-        "tokenizer_runner": "lavis.train.tokenizer_runner",
+    aliases={
+        "image_text_pretrain": "sft",
+        "deepspeed_image_text_pretrain": "sft",
+        "language_modeling": "sft",
     },
 )
+STRATEGIES: Registry[Any] = Registry(
+    "strategy",
+    lazy={
+        "data_parallel": "lavis.parallel.strategy",
+        "zero": "lavis.parallel.zero",
+        "pipeline": "lavis.parallel.pipeline",
+    },
+    aliases={
+        "runner_base": "data_parallel",
+        "tokenizer_runner": "data_parallel",  # of the tokenizer's training, which is that of one process
+        "deepspeed_runner": "zero",
+        "pipeline_runner": "pipeline",
+    },
+)
+METRICS: Registry[Any] = Registry("metric", lazy={"accuracy": "lavis.eval.metrics"})
 LR_SCHEDULES: Registry[Any] = Registry(
     "learning-rate schedule",
     lazy=dict.fromkeys(

@@ -35,13 +35,19 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Names of one kind of thing (`kind` is used in messages).
 
-    `lazy` maps a name to the module that registers it, `configs` to `module:Dataclass` of its settings.
+    `lazy` maps a name to the module that registers it, `configs` to `module:Dataclass` of its settings, and `aliases`
+    other spellings to names.
     """
 
     def __init__(
-        self, kind: str, lazy: Mapping[str, str] | None = None, configs: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        lazy: Mapping[str, str] | None = None,
+        configs: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.kind = kind
+        self.aliases: dict[str, str] = dict(aliases or {})
         self._entries: dict[str, T] = {}
         self._lazy: dict[str, str] = dict(lazy or {})
         self._lazy_configs: dict[str, str] = dict(configs or {})
@@ -72,6 +78,7 @@ class Registry(Generic[T]):
 
         Raises RegistryError naming the nearest names.
         """
+        name = self.aliases.get(name, name)
         if name not in self._entries and name in self._lazy:
             importlib.import_module(self._lazy[name])
         if name not in self._entries:
@@ -83,6 +90,7 @@ class Registry(Generic[T]):
 
         Raises RegistryError for an unknown name, and for one that has none.
         """
+        name = self.aliases.get(name, name)
         if name not in self:
             raise self._unknown(name)
         if name not in self._configs and name in self._lazy_configs:
@@ -94,12 +102,12 @@ class Registry(Generic[T]):
 
     def _unknown(self, name: str) -> RegistryError:
         known = self.list()
-        hint = did_you_mean(name, known)
+        hint = did_you_mean(name, [*known, *self.aliases])
         return RegistryError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
 
     def list(self, pattern: str = "*") -> list[str]:
-        """Sorted names that match the shell `pattern`; nothing is imported."""
+        """Sorted names that match the shell `pattern`, without aliases; nothing is imported."""
         return sorted(fnmatch.filter({*self._entries, *self._lazy}, pattern))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._lazy
+        return name in self._entries or name in self._lazy or name in self.aliases

@@ -1,21 +1,22 @@
-"""Judging a model by what it answers: greedy answers to each conversation's last question, compared word for word."""
+"""What a model answers: greedily, to the last question of each conversation."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
-
-from lavis.core.dist import World
-from lavis.core.types import Batch, Conversation, Sample
+from lavis.core.types import Conversation, Sample
 from lavis.data.loader import ImageSource, collate
+from lavis.data.texts import Texts
+from lavis.generation.settings import LIMITS, GenerationSettings
+from lavis.objectives.learner import Learner
 from lavis.tokens.template import ChatTemplate
+
+LONGEST_ANSWER = int(LIMITS["max_new_tokens"][1])
 
 
 @dataclass(frozen=True)
@@ -60,37 +61,23 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(".!。?,; ")
 
 
-def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
-    """Share of correct answers: `accuracy`, and the same by `kind` and `lang` where the data names them."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for a in answers:
-        groups["accuracy"].append(a.correct)
-        for label in ("kind", "lang"):
-            if value := getattr(a, label):
-                groups[f"accuracy/{label}={value}"].append(a.correct)
-    return {name: sum(hits) / len(hits) for name, hits in sorted(groups.items())}
-
-
 class Answerer:
     """Answers conversations with a model, in batches of like length, each rank its share."""
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, template: ChatTemplate, images: ImageSource, world: World
-    ) -> None:
-        self.model, self.tokenizer, self.template, self.images, self.world = model, tokenizer, template, images, world
-        self.ready: Callable[[Batch], Batch] = lambda batch: batch.to(world.device)
-        self.in_step = False
-        """Whether ranks must run the model at the same time."""
+    def __init__(self, learner: Learner, texts: Texts, images: ImageSource) -> None:
+        assert isinstance(texts.template, ChatTemplate)
+        self.learner, self.world, self.images = learner, learner.world, images
+        self.tokenizer, self.template = texts.tokenizer, texts.template
 
     def answer(self, conversations: Iterable[Conversation], *, batch_size: int, max_new_tokens: int) -> list[Answer]:
         """Greedy answers to the last question of each conversation, in the given order, the same on every rank."""
         numbered = list(enumerate(conversations))
         mine = [(i, c, self.template.encode_prompt(c)) for i, c in numbered[self.world.rank :: self.world.size]]
         mine.sort(key=lambda item: len(item[2]))
-        training = self.model.training
-        self.model.eval()
+        training = self.learner.training
+        self.learner.eval()
         answers: dict[int, Answer] = {}
-        most = -(-len(numbered) // self.world.size) if self.in_step else len(mine)
+        most = -(-len(numbered) // self.world.size) if self.learner.in_step else len(mine)
         for start in range(0, most, batch_size):
             # keeps the others company
             chunk = (
@@ -100,7 +87,7 @@ class Answerer:
             )
             texts = self._generate([sample for _, _, sample in chunk], max_new_tokens)
             answers |= {i: _answer(c, text) for (i, c, _), text in zip(chunk, texts, strict=True)}
-        self.model.train(training)
+        self.learner.train(training)
         merged = {
             i: Answer(**a)
             for part in self.world.gather({i: asdict(a) for i, a in answers.items()})
@@ -111,16 +98,12 @@ class Answerer:
     def _generate(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
         paths = [path for s in samples for path in s.images]
         pixels = self.images.load(paths, 0)[0] if paths else {}
-        batch = collate([[s] for s in samples], pixels, self.template.pad_token_id, None)
-        generate = cast(Callable[..., list[list[int]]], self.model.generate)
-        rows = generate(
-            self.ready(batch),
-            self.template.stop_token_ids,
-            self.template.pad_token_id,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            **({"synced_gpus": True} if self.in_step else {}),
+        batch = self.learner.ready(collate([[s] for s in samples], pixels, self.template.pad_token_id, None))
+        decoder = self.learner.decoder()
+        settings = GenerationSettings(
+            max_new_tokens=min(max_new_tokens, LONGEST_ANSWER), repetition_penalty=decoder.repetition_penalty
         )
+        rows = decoder.generate(batch, self.template.stop_token_ids, self.template.pad_token_id, settings)
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lavis.config.recipe import processors
 from lavis.core.errors import CheckpointError, ConfigError
-from lavis.core.registries import EXPORTERS, TASKS
+from lavis.core.registries import EXPORTERS
 from lavis.data.image import image_processor
+from lavis.data.texts import Texts
 from lavis.export.base import Exporter, Precision, Written
 from lavis.export.hf_processor import write_processor
 from lavis.export.model_card import model_card
@@ -25,8 +27,7 @@ from lavis.models.llm import DTYPES
 from lavis.models.part_configs import EvaConfig, QFormerLinearConfig
 from lavis.models.parts import inits
 from lavis.models.vlm import Vlm
-from lavis.objectives.base import Task
-from lavis.runs.checkpoint import identity
+from lavis.runs.checkpoint import frozen_files, identity
 from lavis.runs.folder import frozen_differences
 from lavis.weights.tensors import load_tensors
 
@@ -62,45 +63,45 @@ def export_hf(trained: Trained, folder: Path, *, precision: Precision = "auto", 
 
     Raises ConfigError when the folder is not empty, CheckpointError when the run's frozen weights have changed since.
     """
-    task = open_task(trained, folder)
-    model = build(trained, task, precision)
+    texts = open_texts(trained, folder)
+    model = build(trained, texts.tokenizer, precision)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_model(model, task.template, folder, max_shard_size)
+    _write_model(model, texts.template, folder, max_shard_size)
     tower, media = trained.model.tower, trained.model.media
     assert tower is not None
     image = image_processor(processors(media, tower.image_size).eval)
-    differences = write_processor(folder, task.tokenizer, task.template, image)
+    differences = write_processor(folder, texts.tokenizer, texts.template, image)
     for difference in differences:
         log.warning("stock transformers reads this prompt otherwise: %s", difference)
     (folder / "README.md").write_text(model_card(trained, differences), encoding="utf-8")
     return Written(folder, tuple(sorted(folder.iterdir())), tuple(differences))
 
 
-def open_task(trained: Trained, folder: Path) -> Task:
-    """The task of a run that is about to be written to `folder`.
+def open_texts(trained: Trained, folder: Path) -> Texts:
+    """Tokenizer and template of a run that is about to be written to `folder`.
 
     Raises ConfigError when the folder is not empty, CheckpointError when the run's frozen weights have changed since.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give a new folder, or empty this one.")
-    task: Task = TASKS.get(trained.recipe.run.task)(trained.recipe)
-    frozen = {key: identity(path) for key, path in task.frozen_files().items()}
+    texts = Texts.of(trained.recipe)
+    frozen = {key: identity(path) for key, path in frozen_files(trained.recipe.model).items()}
     if changed := frozen_differences(trained.checkpoint.state().frozen, frozen):
         names = ", model.".join(changed)
         raise CheckpointError(
             f"{trained.checkpoint.path} was trained with other frozen weights than those there now: model.{names}. Put"
             " those back."
         )
-    return task
+    return texts
 
 
-def build(trained: Trained, task: Task, precision: Precision = "auto") -> Vlm:
+def build(trained: Trained, tokenizer: PreTrainedTokenizerBase, precision: Precision = "auto") -> Vlm:
     """The trained model on the CPU, its LoRA adapters merged, in eval mode."""
     # A quantised LLM has lost its weights: the ones it was made from are exported.
     config = replace(trained.model, llm=replace(trained.model.llm, quantization=None, device_map=None))
     as_stored = precision == "auto" and config.llm.train == "frozen"
     init = inits(trained.recipe.init)
-    model = Vlm.from_config(config, task.tokenizer, llm_dtype="auto" if as_stored else torch.float32, init=init)
+    model = Vlm.from_config(config, tokenizer, llm_dtype="auto" if as_stored else torch.float32, init=init)
     tensors = trained.checkpoint.tensors()
     load_tensors(model, tensors, file=trained.checkpoint.path, wanted=lambda name: name in tensors)
     merge_lora(model)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lavis.core.registries import EXPORTERS
 from lavis.export.base import Exporter, Precision, Written
-from lavis.export.hf import build, open_task
+from lavis.export.hf import build, open_texts
 from lavis.export.trained import Trained
 from lavis.models.configs import VlmConfig
 
@@ -22,11 +22,11 @@ class TextLlmExporter(Exporter):
 
     def write(self, trained: Trained, target: Path, *, precision: Precision, max_shard_size: str) -> Written:
         """See Exporter."""
-        task = open_task(trained, target)
-        llm = build(trained, task, precision).llm_model
+        texts = open_texts(trained, target)
+        llm = build(trained, texts.tokenizer, precision).llm_model
         settings = copy.deepcopy(llm.generation_config)
-        settings.eos_token_id, settings.pad_token_id = list(task.template.stop_token_ids), task.template.pad_token_id
+        settings.eos_token_id, settings.pad_token_id = list(texts.template.stop_token_ids), texts.template.pad_token_id
         llm.generation_config = settings
         llm.save_pretrained(target, max_shard_size=max_shard_size)
-        task.tokenizer.save_pretrained(target)
+        texts.tokenizer.save_pretrained(target)
         return Written(target, tuple(sorted(target.iterdir())))

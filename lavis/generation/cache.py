@@ -101,6 +101,13 @@ def joined(parts: Sequence[Layers]) -> Layers:
     return [(batch(i, 0), batch(i, 1)) for i in range(len(parts[0]))]
 
 
+def left_padded(embeds: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Right-padded rows [B, L, D] padded on the left with zeros."""
+    longest = max(lengths)
+    rows = [row[:n] for row, n in zip(embeds, lengths, strict=True)]
+    return torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+
+
 def row_of(layers: Layers, row: int, length: int) -> Layers:
     """The last `length` tokens of one row, as a copy when there are other rows."""
     copy = layers[0][0].shape[0] > 1

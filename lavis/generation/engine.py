@@ -13,23 +13,23 @@ import logging
 import queue
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import Cache, LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from lavis.core.errors import BusyError, ChatError
-from lavis.generation.cache import PrefixStore, cuttable, joined, layers_of, new_cache, row_of
+from lavis.generation.cache import PrefixStore, cuttable, row_of
+from lavis.generation.decoding import Decoding, FinishReason, LocalDecoder, Row
 from lavis.generation.model import ChatModel, Prompt
 from lavis.generation.pictures import Picture
 from lavis.generation.sampling import Chooser
 from lavis.generation.settings import GenerationSettings
-from lavis.models.llm import generate
+from lavis.generation.whole import generate_whole
 
 if TYPE_CHECKING:
-    from lavis.models.vision import Blip2Base
+    from lavis.models.vlm import Vlm
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Answer:
     sink: Sink | None = None
     ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
-    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+    finish_reason: FinishReason | None = None
     error: Exception | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _queue: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)
@@ -102,21 +102,41 @@ class Answer:
         self.error = error
         self.give(None)
 
-    def end(self, reason: Literal["stop", "length", "cancelled"]) -> None:
+    def end(self, reason: FinishReason) -> None:
         """Its end."""
         self.finish_reason = reason
         self.give(None)
 
 
-@dataclass(eq=False)
-class _Row:
-    """An answer being decoded. `length`: tokens in the cache; `token`: chosen and not yet read."""
+class _AnswerRow(Row):
+    """An answer being decoded. What fails it, or who leaves it, is that answer's alone."""
 
-    answer: Answer
-    choose: Chooser
-    most: int
-    length: int
-    token: int = -1
+    def __init__(self, answer: Answer, most: int, stop_token_ids: Collection[int]) -> None:
+        super().__init__(Chooser(answer.settings, answer.seed, answer.prompt.ids), most, stop_token_ids)
+        self.answer, self.ids = answer, answer.ids
+
+    @property
+    def ended(self) -> bool:
+        """See Row."""
+        return self.answer.ended
+
+    def take(self, token: int) -> None:
+        """See Row."""
+        super().take(token)
+        if not self.ended and self.answer.cancelled:
+            self.end("cancelled")
+
+    def give(self, token: int) -> None:
+        """See Row."""
+        self.answer.give(token)
+
+    def end(self, reason: FinishReason) -> None:
+        """See Row."""
+        self.answer.end(reason)
+
+    def fail(self, error: Exception) -> None:
+        """See Row."""
+        self.answer.fail(_told(error))
 
 
 class Engine:
@@ -136,8 +156,7 @@ class Engine:
         self.store = PrefixStore(_store_bytes(chat.device) if store_bytes is None else store_bytes)
         self.features: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._waiting: deque[Answer] = deque()
-        self._rows: list[_Row] = []
-        self._cache: Cache | None = None
+        self._decoding = self._new_decoding()
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="lavis-engine", daemon=True)
@@ -189,6 +208,13 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
+    @property
+    def _rows(self) -> list[_AnswerRow]:
+        return self._decoding.rows
+
+    def _new_decoding(self) -> Decoding[LocalDecoder, _AnswerRow]:
+        return Decoding(LocalDecoder(self.chat.model))
+
     # ---- the thread
 
     def _work(self) -> None:
@@ -222,31 +248,16 @@ class Engine:
             else:
                 self._admit(answer)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-            answer.fail(_told(error))
+            if not answer.ended:
+                answer.fail(_told(error))
 
     def _admit(self, answer: Answer) -> None:
         prompt, most = answer.prompt, min(answer.settings.max_new_tokens, self.chat.window - len(answer.prompt))
         start, layers = self.store.longest(prompt.keys)
-        cache = new_cache(layers)
         answer.cached_tokens = start
-        embeds = self._embed(prompt, start)
-        logits = self.chat.llm(
-            inputs_embeds=embeds,
-            position_ids=torch.arange(start, len(prompt), device=embeds.device)[None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        row = _Row(answer, Chooser(answer.settings, answer.seed, prompt.ids), most, len(prompt))
-        self._take(row, row.choose(logits[0, -1].float()))
-        if row.answer.finish_reason:
-            self._keep(row, layers_of(cache), 0)
-            return
-        if self._rows:
-            assert self._cache is not None
-            cache = new_cache(joined([layers_of(self._cache), layers_of(cache)]))
-        self._rows.append(row)
-        self._cache = cache
+        logits = self._decoding.decoder.add(self._embed(prompt, start), len(prompt) - start, [len(prompt)], layers)
+        self._decoding.begin([_AnswerRow(answer, most, self.chat.stop_token_ids)], logits)
+        self._release()
 
     def _embed(self, prompt: Prompt, start: int) -> torch.Tensor:
         """Input embeddings of the prompt from token `start` on. A picture is encoded once."""
@@ -256,7 +267,7 @@ class Engine:
 
     def _features(self, picture: Picture) -> torch.Tensor:
         if picture.key not in self.features:
-            tower = cast("Blip2Base", self.chat.model)
+            tower = cast("Vlm", self.chat.model)
             self.features[picture.key] = tower.encode_images(self.chat.pixels(picture))[0]
             if len(self.features) > FEATURE_ROWS:
                 self.features.popitem(last=False)
@@ -268,125 +279,48 @@ class Engine:
             self._step()
         except Exception as error:  # noqa: BLE001 - out of memory, say: the engine goes on without them
             for row in self._rows:
-                if not row.answer.ended:
-                    row.answer.fail(_told(error))
-            self._rows, self._cache = [], None
+                if not row.ended:
+                    row.fail(error)
+            self._decoding = self._new_decoding()
             self.store.clear()
 
     def _step(self) -> None:
         """One token for each row."""
-        rows, table = self._rows, cast(torch.Tensor, self.chat.llm.get_input_embeddings().weight)
-        device = table.device
-        longest = max(row.length for row in rows)
-        mask = None
-        if any(row.length < longest for row in rows):
-            pads = torch.tensor([[longest - row.length] for row in rows], device=device)
-            mask = (torch.arange(longest + 1, device=device)[None] >= pads).long()
-        logits = (
-            self.chat.llm(
-                input_ids=torch.tensor([[row.token] for row in rows], device=device),
-                attention_mask=mask,
-                position_ids=torch.tensor([[row.length] for row in rows], device=device),
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-            .logits[:, -1]
-            .float()
-        )
-        likeliest = logits.argmax(-1).tolist()
-        for i, row in enumerate(rows):
-            row.length += 1
-            try:
-                self._take(row, likeliest[i] if row.choose.plain else row.choose(logits[i]))
-            except Exception as error:  # noqa: BLE001 - such as logits that are no numbers, of this row alone
-                row.answer.fail(_told(error))
+        self._decoding.step()
         self._release()
-
-    def _take(self, row: _Row, token: int) -> None:
-        """Give the token to the reader, and end the answer where it ends."""
-        answer = row.answer
-        if token in self.chat.stop_token_ids:
-            answer.end("stop")
-            return
-        row.token = token
-        row.choose.ids.append(token)
-        answer.give(token)
-        if len(answer.ids) >= row.most:
-            answer.end("length")
-        elif answer.cancelled:
-            answer.end("cancelled")
 
     def _release(self) -> None:
         """Take finished rows out of the batch and keep what they have read."""
-        left = [i for i, row in enumerate(self._rows) if not row.answer.ended]
-        if len(left) == len(self._rows):
-            return
-        assert self._cache is not None  # there are rows
-        layers = layers_of(self._cache)
+        decoder = self._decoding.decoder
+        layers = decoder.layers if any(row.ended for row in self._rows) else []
         for i, row in enumerate(self._rows):
-            if row.answer.finish_reason:
-                self._keep(row, layers, i)
-        rows = [self._rows[i] for i in left]
-        self._cache = new_cache(joined([row_of(layers, i, self._rows[i].length) for i in left])) if rows else None
-        self._rows = rows
-
-    def _keep(self, row: _Row, layers: list, index: int) -> None:
-        read = row.answer.ids[: row.length - len(row.answer.prompt)]
-        self.store.put((*row.answer.prompt.keys, *read), row_of(layers, index, row.length))
+            answer, length = row.answer, decoder.lengths[i]
+            if answer.finish_reason:
+                read = answer.ids[: length - len(answer.prompt)]
+                self.store.put((*answer.prompt.keys, *read), row_of(layers, i, length))
+        self._decoding.release()
 
     def _answer_whole(self, answer: Answer) -> None:
         """Let transformers generate: for beams, and for LLMs whose memory can't be cut."""
         s, prompt, chat = answer.settings, answer.prompt, self.chat
         cancelled = lambda: answer.cancelled or self._closed  # noqa: E731
-        drawn = (
-            {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
-            if s.do_sample
-            else {"temperature": None, "top_p": None, "top_k": None}
-        )
         devices = [chat.device] if chat.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(answer.seed)
-            (ids,) = generate(
+            (ids,) = generate_whole(
                 chat.llm,
                 self._embed(prompt, 0),
                 [len(prompt)],
-                sorted(chat.stop_token_ids),
+                chat.stop_token_ids,
                 chat.template.pad_token_id,
-                max_new_tokens=s.max_new_tokens,
-                do_sample=s.do_sample,
-                num_beams=s.num_beams,
-                repetition_penalty=1.0,
-                logits_processor=[_Penalty(s.repetition_penalty, prompt.ids)] if s.repetition_penalty != 1 else [],
-                stopping_criteria=[_When(cancelled)],
-                **drawn,
+                s,
+                prompt_ids=prompt.ids,
+                until=cancelled,
             )
         for token in ids:
             answer.give(token)
         full = len(ids) >= min(s.max_new_tokens, chat.window - len(prompt))
         answer.end("cancelled" if cancelled() else "length" if full else "stop")
-
-
-class _Penalty(LogitsProcessor):
-    """A repetition penalty that counts the prompt's tokens too, which generate does not know when it is given
-    embeddings.
-    """
-
-    def __init__(self, penalty: float, prompt: tuple[int, ...]) -> None:
-        self.penalise, self.prompt = RepetitionPenaltyLogitsProcessor(penalty), torch.tensor([prompt])
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        prompt = self.prompt.to(input_ids.device).expand(len(input_ids), -1)
-        return self.penalise(torch.cat([prompt, input_ids], 1), scores)
-
-
-class _When(StoppingCriteria):
-    """Ends generation when `condition` holds."""
-
-    def __init__(self, condition: Callable[[], bool]) -> None:
-        self.condition = condition
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.condition(), device=input_ids.device)
 
 
 def _told(error: Exception) -> ChatError:

@@ -47,7 +47,7 @@ class Chooser:
         """The token for fp32 logits [V]."""
         scores = logits
         if self.processors:
-            seen = cast(torch.LongTensor, torch.tensor([self.ids], device=logits.device))
+            seen = cast(torch.LongTensor, torch.tensor([self.ids], dtype=torch.long, device=logits.device))
             scores = self.processors(seen, cast(torch.FloatTensor, logits[None]))[0]
         if self.generator is None:
             return int(scores.argmax())

@@ -1,11 +1,9 @@
-"""BLIP-2's first stage: the Q-Former learns which image tokens matter by three losses against captions.
-
-Contrastive (ITC), matching with hard negatives (ITM) and image-grounded generation (ITG), after Li et al. 2023, section
-3.
-Negatives come from the micro-batch.
-"""
+"""The model of BLIP-2's first stage: a Q-Former that reads captions beside its queries, and its heads."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +11,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from lavis.core.output import LossOutput
 from lavis.core.registries import MODELS, TOWERS
-from lavis.core.types import IGNORE_INDEX, Batch
+from lavis.core.types import Batch
 from lavis.data.assemble import load_tokenizer
 from lavis.models.composition import Composition
 from lavis.models.configs import Blip2QFormerStage1Config
 from lavis.models.connectors.qformer_linear import QFormer
+from lavis.weights.tensors import write_tensors
 
 
 @MODELS.register("blip2_qformer")
 class Blip2QFormer(Composition):
-    """Vision tower, Q-Former with text branch, and the heads of the three losses.
+    """Vision tower, Q-Former with text branch, and heads; lavis.objectives.blip2_stage1 has the losses.
 
     Captions are [start] tokens [end], right-padded with `pad_token_id`; the start token serves as BERT's [CLS] and
     [DEC].
@@ -89,83 +87,64 @@ class Blip2QFormer(Composition):
         """What the Q-Former looks at: [N, 3, S, S] -> [N, T, D_tower] in fp32."""
         return self.connector.normed(self.visual_encoder.encode(pixels_NCHW))
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """The three losses over the batch's images (one caption each); sums over images."""
-        assert batch.pixel_values is not None and len(batch.pixel_values) == len(batch.input_ids)
-        tokens = self.image_tokens(batch.pixel_values)
-        queries, itg = self._queries_and_generation(batch, tokens)
-        image_text = self._similarity(batch, queries)
-        itc = self._contrastive(image_text)
-        itm = self._matching(batch, tokens, image_text)
-        c, n = self.config, len(tokens)
-        loss = c.itc_weight * itc + c.itm_weight * itm + c.itg_weight * itg
-        parts = {"itc": itc, "itm": itm, "itg": itg}
-        return LossOutput(loss * n, n, {k: v.detach() * n for k, v in parts.items()})
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The vision tower's vectors of the batch's images [N, T, D_tower]; the Q-Former is the head."""
+        assert batch.pixel_values is not None
+        return self.image_tokens(batch.pixel_values)
 
-    def _queries_and_generation(self, batch: Batch, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query outputs [B, Q, D], and the mean generation loss per token; one pass serves both, since queries can't
-        see the text.
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """As `hidden`."""
+        return self.hidden(batch)
+
+    def scorer(self, calls: Callable[[int], int] | None = None) -> Blip2QFormer:
+        """What scores the tower's vectors: `read_along`, `similarity` and `match_logits` of this model."""
+        return self
+
+    def filler(self, batch: Batch, *, run_frozen: bool = False) -> Batch:
+        """As MiniGPT4Qwen's; every part takes part in any batch."""
+        return batch
+
+    def export(self, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+        """`stage1.safetensors`: everything, the text branch and heads included."""
+        return [write_tensors(self.state_dict(), folder / "stage1.safetensors", dtype)]
+
+    def read_along(self, ids: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query outputs [B, Q, D] and logits of each next caption token [B, T - 1, V], which see the queries.
+
+        One pass serves both, since queries can't see the text.
         """
-        n_queries, (rows, length) = self.query_tokens.shape[1], batch.input_ids.shape
+        n_queries, (rows, length) = self.query_tokens.shape[1], ids.shape
         total = n_queries + length
         mask = torch.zeros(total, total, dtype=torch.bool, device=tokens.device)
         mask[:, :n_queries] = True  # everyone sees the queries
         mask[n_queries:, n_queries:] = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        out = self._qformer(batch, tokens, mask.expand(rows, 1, total, total))
+        out = self._both(ids, tokens, mask.expand(rows, 1, total, total))
         text = out[:, n_queries:-1]
-        logits = text @ self.text_embeddings.word_embeddings.weight.T
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
-        return out[:, :n_queries], loss
+        return out[:, :n_queries], text @ self.text_embeddings.word_embeddings.weight.T
 
-    def _qformer(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        queries = self.query_tokens.expand(len(tokens), -1, -1)
-        return self.Qformer(
-            query_embeds=self.text_embeddings(input_ids=batch.input_ids, query_embeds=queries),
-            query_length=queries.shape[1],
-            attention_mask=mask,
-            encoder_hidden_states=tokens,
-        ).last_hidden_state
-
-    def _similarity(self, batch: Batch, queries: torch.Tensor) -> torch.Tensor:
+    def similarity(self, ids: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Cosine similarity over temperature, image i (its best query) against text j: [B, B]."""
         text = self.Qformer(
-            query_embeds=self.text_embeddings(input_ids=batch.input_ids),
+            query_embeds=self.text_embeddings(input_ids=ids),
             query_length=0,
-            attention_mask=(batch.input_ids != self.pad_token_id).long(),
+            attention_mask=(ids != self.pad_token_id).long(),
         ).last_hidden_state[:, 0]
         image_feats = F.normalize(self.vision_proj(queries), dim=-1)
         text_feats = F.normalize(self.text_proj(text), dim=-1)
         return torch.einsum("iqd,jd->ijq", image_feats, text_feats).amax(-1) / self.temp
 
-    @staticmethod
-    def _contrastive(similarity: torch.Tensor) -> torch.Tensor:
-        targets = torch.arange(len(similarity), device=similarity.device)
-        both = F.cross_entropy(similarity, targets, label_smoothing=0.1) + F.cross_entropy(
-            similarity.T, targets, label_smoothing=0.1
-        )
-        return both / 2
-
-    def _matching(self, batch: Batch, tokens: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
-        """Mean loss of telling (image, its text) from (image, similar text) and (similar image, text)."""
-        rows = len(tokens)
-        if rows == 1:  # no negatives to be had
-            return similarity.sum() * 0.0
-        with torch.no_grad():
-            weights = similarity.float().clone().fill_diagonal_(-torch.inf)
-            hard_text = torch.multinomial(F.softmax(weights, 1), 1).squeeze(1)
-            hard_image = torch.multinomial(F.softmax(weights.T, 1), 1).squeeze(1)
-        ids = torch.cat([batch.input_ids, batch.input_ids[hard_text], batch.input_ids])
-        images = torch.cat([tokens, tokens, tokens[hard_image]])
+    def match_logits(self, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Whether text i belongs to image i: logits [B, 2] of no and yes, each query's averaged."""
         n_queries = self.query_tokens.shape[1]
         keep = torch.cat([ids.new_ones(len(ids), n_queries), (ids != self.pad_token_id).long()], dim=1)
+        return self.itm_head(self._both(ids, tokens, keep)[:, :n_queries]).mean(1)
+
+    def _both(self, ids: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Queries, then text through the Q-Former."""
         queries = self.query_tokens.expand(len(ids), -1, -1)
-        out = self.Qformer(
+        return self.Qformer(
             query_embeds=self.text_embeddings(input_ids=ids, query_embeds=queries),
-            query_length=n_queries,
-            attention_mask=keep,
-            encoder_hidden_states=images,
-        ).last_hidden_state[:, :n_queries]
-        logits = self.itm_head(out).mean(1)
-        targets = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        targets[:rows] = 1
-        return F.cross_entropy(logits, targets)
+            query_length=queries.shape[1],
+            attention_mask=mask,
+            encoder_hidden_states=tokens,
+        ).last_hidden_state

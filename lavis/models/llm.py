@@ -1,18 +1,13 @@
-"""Causal LMs of transformers: making, loading, and the loss at supervised positions only."""
+"""Causal LMs of transformers: making, loading and adapting them."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
-from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,9 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lavis.core.errors import CheckpointError, ConfigError, DataError
+from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import resolve
-from lavis.core.types import IGNORE_INDEX
 from lavis.models.parts import LlmConfig
 from lavis.weights.gguf import gguf_arguments, is_gguf
 from lavis.weights.qwen1 import load_qwen1
@@ -33,10 +27,6 @@ from lavis.weights.qwen1_format import is_qwen1
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()
-
-LOGITS_CHUNK_BYTES = 128 << 20
-"""Above this many bytes of fp32 logits the loss is computed in chunks whose logits are recomputed in backward."""
-
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -181,95 +171,13 @@ def check_context(llm: PreTrainedModel, max_length: int) -> None:
         )
 
 
-def supervised_loss(
-    llm: PreTrainedModel,
-    inputs_embeds: torch.Tensor,
-    labels: torch.Tensor,
-    position_ids: torch.Tensor,
-    chunks: int | None = None,
-) -> torch.Tensor:
-    """Sum of the next-token cross-entropy over supervised positions, fp32 scalar.
+def hidden_states(llm: PreTrainedModel, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """The last hidden states [B, L, D] of inputs_embeds [B, L, D], behind the final norm.
 
-    inputs_embeds: [B, L, D]; labels: int64 [B, L], not shifted; position_ids: int64 [B, L], restarting with each packed
-    sample
-    (transformers makes attention block-diagonal from that, as long as no attention mask and no cache is passed).
-    Logits exist at supervised positions only. `chunks`: see cross_entropy_sum.
+    position_ids: int64 [B, L], restarting with each packed sample (transformers makes attention block-diagonal from
+    that, as long as no attention mask and no cache is passed).
     """
-    hidden = llm.base_model(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False).last_hidden_state
-    supervised = labels[:, 1:] != IGNORE_INDEX
-    return cross_entropy_sum(llm, hidden[:, :-1][supervised], labels[:, 1:][supervised], chunks)
-
-
-def logits_rows(llm: PreTrainedModel) -> int:
-    """How many positions' logits are made at a time."""
-    return max(1, LOGITS_CHUNK_BYTES // (4 * llm.get_output_embeddings().out_features))
-
-
-def cross_entropy_sum(
-    llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, chunks: int | None = None
-) -> torch.Tensor:
-    """Summed cross-entropy of the LM head at `hidden` [n, D] against `targets` int64 [n], in as few chunks as keep the
-    logits small.
-
-    `chunks`: calls of the head, where there have to be so many.
-    """
-    chunks = chunks or math.ceil(len(targets) / logits_rows(llm))
-    if chunks <= 1:
-        return _head_loss(llm, hidden, targets)
-    pieces = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
-    return torch.stack([checkpoint(_head_loss, llm, h, t, use_reentrant=False) for h, t in pieces]).sum()
-
-
-def _head_loss(llm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = llm.get_output_embeddings()(hidden).float()
-    if getattr(llm.config, "logits_scaling", 1) != 1 or getattr(llm.config, "logit_scale", 1) != 1:
-        raise ConfigError(
-            f"{type(llm).__name__} scales its logits behind the head, which training does not do yet: choose another"
-            " LLM."
-        )
-    softcap = getattr(llm.config, "final_logit_softcapping", None)  # only some architectures have these keys
-    if softcap:
-        logits = torch.tanh(logits / softcap) * softcap
-    return F.cross_entropy(logits, targets, reduction="sum")
-
-
-@torch.inference_mode()
-def generate(
-    llm: PreTrainedModel,
-    inputs_embeds: torch.Tensor,
-    lengths: Sequence[int],
-    stop_token_ids: Sequence[int],
-    pad_token_id: int,
-    *,
-    max_new_tokens: int = 512,
-    **settings: Any,
-) -> list[list[int]]:
-    """Continue right-padded prompts by at most `max_new_tokens`, or to the end of the LLM's context.
-
-    inputs_embeds: [B, L, D]; lengths: true length of each row. `settings` go to transformers' generate (do_sample,
-    ...).
-    Returns the new ids of each row, without the stop token. Raises DataError for a prompt that fills the context.
-    """
-    longest = max(lengths)
-    room = context_length(llm) - longest
-    if room < 1:
-        raise DataError(
-            f"a prompt of {longest} tokens leaves no room for an answer: the LLM reads {context_length(llm)}. Shorten"
-            " the conversation."
-        )
-    rows = [row[:n] for row, n in zip(inputs_embeds, lengths, strict=True)]
-    embeds = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
-    places = torch.arange(longest, device=embeds.device)
-    mask = torch.stack([places >= longest - n for n in lengths]).long()
-    ids = llm.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        eos_token_id=list(stop_token_ids),
-        pad_token_id=pad_token_id,
-        max_new_tokens=min(max_new_tokens, room),
-        **settings,
-    )
-    return [list(takewhile(lambda t: t not in stop_token_ids, row)) for row in ids.tolist()]
+    return llm.base_model(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
 def recompute_activations(llm: PreTrainedModel) -> None:

@@ -1,5 +1,5 @@
 """A model cut into stages: each holds a range of the LLM's blocks; the first also vision tower, projection and
-embeddings, the last norm, head and loss.
+embeddings, the last the final norm and the head.
 
 A stage is built and loaded by itself: the host that runs it never holds the other blocks.
 """
@@ -21,13 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import resolve
-from lavis.core.types import IGNORE_INDEX
 from lavis.models.adapters import add_lora
 from lavis.models.composition import public_name
 from lavis.models.configs import VlmConfig
 from lavis.models.initial import load_initial, load_weights
-from lavis.models.llm import build_llm, cross_entropy_sum, recompute_activations
+from lavis.models.llm import build_llm, recompute_activations
 from lavis.models.parts import Init, LlmConfig
+from lavis.models.scoring import Scorer
 from lavis.models.vlm import Vlm
 from lavis.weights.gguf import is_gguf
 from lavis.weights.qwen1 import open_qwen1
@@ -55,7 +55,7 @@ class Part:
 
     @property
     def is_last(self) -> bool:
-        """Whether it has the final norm, the head and the loss."""
+        """Whether it has the final norm and the head."""
         return self.index == self.count - 1
 
     def whole_name(self, name: str) -> str:
@@ -239,10 +239,6 @@ class Stage(nn.Module):
         hidden = self.hidden(embeds, position_ids=positions, use_cache=False)
         return hidden if self.part.is_last else (hidden, positions)
 
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the cross-entropy at the supervised positions, fp32; labels int64 [B, L], not shifted.
-
-        Last stage only.
-        """
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        return cross_entropy_sum(self.llm, hidden[:, :-1][supervised], labels[:, 1:][supervised])
+    def scorer(self) -> Scorer:
+        """The LLM's head. Last stage only."""
+        return Scorer(self.llm)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lavis.core.output import LossOutput
 from lavis.core.registries import CONNECTORS, MODELS, TOWERS
 from lavis.core.types import Batch
 from lavis.data.assemble import load_tokenizer
@@ -22,8 +21,10 @@ from lavis.models.composition import Composition
 from lavis.models.configs import VlmConfig
 from lavis.models.connectors.base import Connector
 from lavis.models.initial import Init, load_weights
+from lavis.models.scoring import Scorer
 from lavis.models.towers.base import Tower
 from lavis.tokens.template import image_token_id
+from lavis.weights.tensors import write_tensors
 
 
 @MODELS.register("vlm")
@@ -38,8 +39,6 @@ class Vlm(Composition):
 
     visual_encoder: Tower | None
     connector: Connector | None
-    logits_chunks: int | None = None
-    """See lavis.models.llm.cross_entropy_sum."""
 
     def __init__(
         self,
@@ -229,16 +228,15 @@ class Vlm(Composition):
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The LLM's last hidden states [B, L, D], behind its final norm."""
-        return self.llm_model.base_model(
-            inputs_embeds=self.embed(batch), position_ids=batch.position_ids, use_cache=False
-        ).last_hidden_state
+        return llms.hidden_states(self.llm_model, self.embed(batch), batch.position_ids)
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """Loss over the batch's supervised tokens."""
-        loss_sum = llms.supervised_loss(
-            self.llm_model, self.embed(batch), batch.labels, batch.position_ids, self.logits_chunks
-        )
-        return LossOutput(loss_sum, batch.num_tokens)
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """As `hidden`."""
+        return self.hidden(batch)
+
+    def scorer(self, calls: Callable[[int], int] | None = None) -> Scorer:
+        """The LLM's head; `calls`: see Scorer."""
+        return Scorer(self.llm_model, calls)
 
     def filler(self, batch: Batch, *, run_frozen: bool = False) -> Batch:
         """`batch` such that every trained part takes part, with no effect on what comes out: one without images is
@@ -254,13 +252,15 @@ class Vlm(Composition):
         shape = c.connector.encoded(c.tower.span(), c.tower.width())
         return replace(batch, features=torch.empty(0, *shape, device=device))
 
-    def generate(
-        self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any
-    ) -> list[list[int]]:
-        """Continue the prompts of `batch`; see lavis.models.llm.generate."""
-        with torch.inference_mode():
-            embeds = self.embed(batch)
-        return llms.generate(self.llm_model, embeds, batch.lengths, stop_token_ids, pad_token_id, **settings)
+    def export(self, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+        """What later recipes load: `tower.safetensors`, all but the LLM; or of text alone a Hugging Face folder."""
+        if self.visual_encoder is not None:
+            tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("llm_model.")}
+            return [write_tensors(tensors, folder / "tower.safetensors", dtype)]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.llm_model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return [folder]
 
 
 def _tower(config: VlmConfig, on_meta: bool, always: bool) -> Tower | None:

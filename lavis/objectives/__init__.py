@@ -1,1 +1,1 @@
-"""What is learned: losses, how they are counted, and what is exported."""
+"""What is learned: losses over hidden states, and by what they are divided."""

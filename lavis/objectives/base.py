@@ -1,67 +1,54 @@
-"""The common part of all tasks."""
+"""The protocol of an objective."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
 
-from lavis.config.recipe import Recipe
-from lavis.core.errors import ConfigError
-from lavis.core.paths import resolve
-from lavis.core.registries import MODELS
+from lavis.core.output import LossOutput
 from lavis.core.types import Batch
-from lavis.data.assemble import load_tokenizer, make_template
-from lavis.models.parts import inits
+from lavis.generation.decoding import Decoder
 
 
-class Task:
-    """What a recipe trains.
+class Actors(Protocol):
+    """Whom an objective asks before a step: a lavis.objectives.learner.Learner."""
 
-    Subclasses name their architectures and say how the loss is counted and what is exported.
+    def ready(self, batch: Batch) -> Batch:
+        """`batch` as the model is to be given it."""
+
+    def decoder(self) -> Decoder:
+        """What answers prompts, which went through `ready`."""
+
+
+class Objective(ABC):
+    """What a recipe trains for. It is written on hidden states and a scorer, never on a model: so the same loss is
+    that of one process, of ZeRO and of a pipeline's last stage.
     """
 
-    archs: ClassVar[tuple[str, ...]] = ()
-    """Architectures the task can train."""
+    kinds: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of rows it reads."""
     generates: ClassVar[bool] = False
     """Whether the model answers prompts, so that test splits and sample prompts can be judged by generation."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the parts that its LossOutput always has."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        if recipe.model.arch not in self.archs:
-            raise ConfigError(
-                f"task {recipe.run.task!r} trains {' or '.join(self.archs)}, but model.arch is {recipe.model.arch!r}."
-            )
-        self.recipe = recipe
-        self.tokenizer = load_tokenizer(recipe.model)
-        self.template = make_template(recipe.model, next(iter(recipe.datasets.values())), self.tokenizer)
-
-    def build_model(self, device: torch.device, *, llm_on_cpu: bool = False) -> nn.Module:
-        """The model on `device`, its weights loaded, frozen parts in the precision the recipe names and that suits
-        `device`.
-        """
-        init = {"init": inits(self.recipe.init)} if self.recipe.init else {}
-        build = MODELS.get(self.recipe.model.arch).from_config
-        model = build(self.recipe.model, self.tokenizer, device=device, **init)
-        if not llm_on_cpu:
-            return model.to(device)
-        for name, part in model.named_children():
-            if name != "llm_model":
-                part.to(device)
-        for p in model.parameters(recurse=False):
-            p.data = p.data.to(device)
-        return model
-
-    def count(self, batch: Batch) -> int:
+    @abstractmethod
+    def units(self, batch: Batch) -> int:
         """By how many units the loss sum of `batch` is to be divided."""
-        return batch.num_tokens
 
-    def frozen_files(self) -> dict[str, Path]:
-        """Configuration key to file or folder of the weights that training does not change."""
-        named = {file.key.removeprefix("model."): resolve(file.name) for file in self.recipe.model.files()}
-        return {k: path for k, path in named.items() if path.exists()}
+    @abstractmethod
+    def loss(self, scorer: Any, hidden: torch.Tensor, batch: Batch) -> LossOutput:
+        """Sums over the units of `batch`.
 
-    def export(self, model: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:
-        """Write what later recipes load from `folder`; returns the paths written."""
-        raise NotImplementedError
+        hidden: what the model's `hidden` gives, [B, L, D] for an LLM. scorer: the model's head, for an LLM a
+        lavis.models.scoring.Scorer. Ask it for the positions that count, and equally often for any batch: where ranks
+        share weights they call it together.
+        """
+
+    def before_step(self, batches: list[Batch], actors: Actors) -> list[Batch]:
+        """The micro-batches of an optimiser step as the loss is given them: where the model's own answers are what it
+        learns from, they are made here.
+        """
+        return batches

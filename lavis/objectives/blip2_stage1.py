@@ -1,31 +1,69 @@
-"""BLIP-2's first stage: contrastive, matching and generation losses on image-caption pairs."""
+"""BLIP-2's first stage: the Q-Former learns which image tokens matter by three losses against captions.
+
+Contrastive (ITC), matching with hard negatives (ITM) and image-grounded generation (ITG), after Li et al. 2023,
+section 3. Negatives come from the micro-batch.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-from lavis.core.registries import TASKS
-from lavis.core.types import Batch
-from lavis.objectives.base import Task
-from lavis.weights.tensors import write_tensors
+from lavis.core.output import LossOutput
+from lavis.core.registries import OBJECTIVES
+from lavis.core.types import IGNORE_INDEX, Batch
+from lavis.models.blip2_qformer import Blip2QFormer
+from lavis.models.configs import Blip2QFormerStage1Config
+from lavis.objectives.base import Objective
 
 
-@TASKS.register("blip2_stage1")
-class Blip2Stage1(Task):
-    """Trains the vision tower's Q-Former (and the ViT, unless frozen) against captions.
+@OBJECTIVES.register("blip2_stage1")
+class Blip2Stage1(Objective):
+    """The three losses over a batch's images, one caption each; means over images."""
 
-    Losses are means over images.
-    """
+    kinds = frozenset({"caption"})
+    parts = ("itc", "itm", "itg")
 
-    archs = ("blip2_qformer",)
-
-    def count(self, batch: Batch) -> int:
+    def units(self, batch: Batch) -> int:
         """Images, one caption each."""
         return batch.num_samples
 
-    def export(self, model: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:
-        """`stage1.safetensors`: everything, the text branch and heads included."""
-        return [write_tensors(model.state_dict(), folder / "stage1.safetensors", dtype)]
+    def loss(self, scorer: Blip2QFormer, hidden: torch.Tensor, batch: Batch) -> LossOutput:
+        """See Objective; hidden: the tower's vectors of each image."""
+        ids, n = batch.input_ids, len(hidden)
+        assert n == len(ids), "one caption for each image"
+        queries, logits = scorer.read_along(ids, hidden)
+        itg = F.cross_entropy(logits.float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+        similarity = scorer.similarity(ids, queries)
+        itc = contrastive(similarity)
+        itm = matching(scorer, ids, hidden, similarity)
+        c = cast(Blip2QFormerStage1Config, scorer.config)
+        loss = c.itc_weight * itc + c.itm_weight * itm + c.itg_weight * itg
+        parts = dict(zip(self.parts, (itc, itm, itg), strict=True))
+        return LossOutput(loss * n, n, {k: v.detach() * n for k, v in parts.items()})
+
+
+def contrastive(similarity: torch.Tensor) -> torch.Tensor:
+    """Mean loss of finding each image's caption among all, and each caption's image; similarity: [B, B]."""
+    targets = torch.arange(len(similarity), device=similarity.device)
+    both = F.cross_entropy(similarity, targets, label_smoothing=0.1) + F.cross_entropy(
+        similarity.T, targets, label_smoothing=0.1
+    )
+    return both / 2
+
+
+def matching(scorer: Blip2QFormer, ids: torch.Tensor, tokens: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+    """Mean loss of telling (image, its text) from (image, similar text) and (similar image, text)."""
+    rows = len(tokens)
+    if rows == 1:  # no negatives to be had
+        return similarity.sum() * 0.0
+    with torch.no_grad():
+        weights = similarity.float().clone().fill_diagonal_(-torch.inf)
+        hard_text = torch.multinomial(F.softmax(weights, 1), 1).squeeze(1)
+        hard_image = torch.multinomial(F.softmax(weights.T, 1), 1).squeeze(1)
+    logits = scorer.match_logits(torch.cat([ids, ids[hard_text], ids]), torch.cat([tokens, tokens, tokens[hard_image]]))
+    targets = torch.zeros(3 * rows, dtype=torch.long, device=ids.device)
+    targets[:rows] = 1
+    return F.cross_entropy(logits, targets)

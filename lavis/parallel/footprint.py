@@ -25,7 +25,8 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lavis.models.configs import VlmConfig
-from lavis.models.llm import DTYPES, cross_entropy_sum
+from lavis.models.llm import DTYPES
+from lavis.models.scoring import Scorer
 from lavis.models.stages import Part, Stage, llm_part
 
 _IMAGE_ID = 1
@@ -231,7 +232,7 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
             blocks_peak, held = costs.lap(), costs.now
             if part.is_last:
                 chosen = torch.zeros(batch.supervised, dtype=torch.long)
-                out = cross_entropy_sum(stage.llm, out.flatten(0, 1).index_select(0, chosen), chosen)
+                out = Scorer(stage.llm).cross_entropy(out.flatten(0, 1).index_select(0, chosen), chosen)
         forward_flops = costs.flops
         if out.requires_grad:  # not if there is no image and the projection alone is trained
             out.backward(torch.ones_like(out))

@@ -5,220 +5,165 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
-from transformers import DynamicCache
+from transformers import GenerationConfig
 
+from lavis.config.recipe import Recipe
 from lavis.config.schema import RunConfig
 from lavis.core.dist import World
-from lavis.core.errors import DataError
-from lavis.core.output import LossOutput
+from lavis.core.errors import ConfigError
+from lavis.core.paths import resolve
+from lavis.core.registries import STRATEGIES
 from lavis.core.types import Batch
-from lavis.models.stages import Stage
-from lavis.objectives.base import Task
-from lavis.parallel.strategy import StepResult, Strategy
+from lavis.models.llm import frozen_dtype
+from lavis.models.parts import inits
+from lavis.models.stages import Part, Stage, cut, llm_part, load_part, open_llm_of
+from lavis.objectives.base import Objective
+from lavis.objectives.learner import Learner
+from lavis.parallel.deepspeed_setup import build_operators, require_deepspeed
+from lavis.parallel.layout import Layout
+from lavis.parallel.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from lavis.parallel.staged import Autocast, StagedLearner
+from lavis.parallel.strategy import LossSums, Ranks, StepResult, Strategy, Tensors
 from lavis.parallel.zero import engine_config
-from lavis.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from lavis.tokens.template import image_token_id
 
-Tensors = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    from lavis.parallel.plan import Planner
+
+log = logging.getLogger(__name__)
 
 
-class StagedModel(nn.Module):
-    """What the loop, the evaluator and the answerer call a model: this rank's stage and the way to the others.
+@STRATEGIES.register("pipeline")
+class Pipeline(Strategy):
+    """The model lies in `run.num_stages` stages on as many ranks, micro-batches one behind the other; more ranks are
+    replicas of such pipelines.
 
-    All ranks of one pipeline call it together, with the same batches.
+    Loss, gradient and checkpoints are those of DataParallel.
     """
 
-    def __init__(self, stage: Stage, group: dist.ProcessGroup, ranks: Sequence[int], device: torch.device) -> None:
-        super().__init__()
-        self.stage, self._group, self._ranks, self._device = stage, group, ranks, device
-        self.autocast: Callable[[], Any] = torch.no_grad
+    grouped = True
+    learner: StagedLearner
 
-    def named_parameters(self, *args: Any, **kwargs: Any):
-        """Under the names of the whole model."""
-        return self.stage.whole_names()
-
-    def forward(self, batch: Batch) -> LossOutput:
-        """Loss of a batch, the same on all ranks of the pipeline; no graph. Training goes through the engine."""
-        with torch.no_grad(), self.autocast():
-            hidden = self._through(batch, position_ids=batch.position_ids, use_cache=False)
-            part = self.stage.part
-            loss = self.stage.loss(hidden, batch.labels) if part.is_last else torch.zeros((), device=self._device)
-        dist.broadcast(loss, self._ranks[-1], group=self._group)
-        return LossOutput(loss, batch.num_tokens)
-
-    def _through(self, batch: Batch | torch.Tensor, **settings: Any) -> torch.Tensor:
-        """A batch (or ids, later in a generation) through all stages; the last stage's hidden states, there alone."""
-        part = self.stage.part
-        if part.is_first:
-            front = self.stage.front
-            embeds = front.embed(batch) if isinstance(batch, Batch) else front.embed_parts(batch, None)
-        else:
-            embeds = self._receive(self._ranks[part.index - 1])
-        hidden = self.stage.hidden(embeds, **settings)
-        if not part.is_last:
-            self._send(hidden, self._ranks[part.index + 1])
-        return hidden
-
-    def _send(self, tensor: torch.Tensor, rank: int) -> None:
-        dist.send(
-            torch.tensor([*tensor.shape, _DTYPES.index(tensor.dtype)], device=self._device), rank, group=self._group
-        )
-        dist.send(tensor.contiguous(), rank, group=self._group)
-
-    def _receive(self, rank: int) -> torch.Tensor:
-        meta = torch.empty(4, dtype=torch.long, device=self._device)
-        dist.recv(meta, rank, group=self._group)
-        *shape, dtype = meta.tolist()
-        tensor = torch.empty(shape, dtype=_DTYPES[dtype], device=self._device)
-        dist.recv(tensor, rank, group=self._group)
-        return tensor
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        batch: Batch,
-        stop_token_ids: Sequence[int],
-        pad_token_id: int,
-        *,
-        max_new_tokens: int = 512,
-        do_sample: bool = False,
-    ) -> list[list[int]]:
-        """Greedy continuations, as lavis.models.llm.generate; each stage keeps keys and values of its own blocks."""
-        assert not do_sample
-        part, lengths = self.stage.part, torch.tensor(batch.lengths, device=self._device)
-        width = int(lengths.max())
-        room = getattr(self.stage.llm.config, "max_position_embeddings", width + max_new_tokens) - width
-        if room < 1:
-            raise DataError(f"a prompt of {width} tokens leaves no room for an answer. Shorten the conversation.")
-        ids = _left(batch.input_ids, lengths, width, pad_token_id)
-        mask = (torch.arange(width, device=self._device) >= (width - lengths)[:, None]).long()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache, rows, done = (
-            DynamicCache(config=self.stage.llm.config),
-            [],
-            torch.zeros(len(ids), dtype=torch.bool, device=self._device),
-        )
-        step: Batch | torch.Tensor = _with_ids(batch, ids)
-        stops = torch.tensor(list(stop_token_ids), device=self._device)
-        for _ in range(min(max_new_tokens, room)):
-            with self.autocast():
-                hidden = self._through(
-                    step, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-                )
-                if part.is_last:
-                    chosen = self.stage.llm.get_output_embeddings()(hidden[:, -1]).argmax(-1)
-                else:
-                    chosen = torch.empty(len(ids), dtype=torch.long, device=self._device)
-            dist.broadcast(chosen, self._ranks[-1], group=self._group)
-            chosen = chosen.masked_fill(done, pad_token_id)
-            rows.append(chosen)
-            done |= torch.isin(chosen, stops)
-            if done.all():
-                break
-            step, mask, positions = chosen[:, None], F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
-        return [list(takewhile(lambda t: t not in stop_token_ids, row)) for row in torch.stack(rows, 1).tolist()]
-
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _left(ids: torch.Tensor, lengths: torch.Tensor, width: int, pad: int) -> torch.Tensor:
-    """Right-padded rows [B, L] padded on the left."""
-    rows = [F.pad(row[:n], (width - n, 0), value=pad) for row, n in zip(ids, lengths.tolist(), strict=True)]
-    return torch.stack(rows)
-
-
-def _with_ids(batch: Batch, ids: torch.Tensor) -> Batch:
-    return replace(batch, input_ids=ids)
-
-
-class PipelineStrategy(Strategy):
-    """Stages side by side, micro-batches one behind the other; data-parallel where there are more ranks than stages.
-
-    Loss, gradient and checkpoints are those of DataParallelStrategy.
-    """
-
-    model: StagedModel
-
-    def __init__(
-        self, model: StagedModel, task: Task, run: RunConfig, world: World, replicas: World, accumulation: int
-    ) -> None:
-        super().__init__(model, task, run, world)
-        self.replicas, self.accumulation = replicas, accumulation
-        stage = model.stage
-        self.total, self.loss_sum, self.number = 1.0, 0.0, 0
-        self.result = StepResult(math.nan, math.nan, 0.0)
-        self.optimizer = build_optimizer(stage, run)
-        model.autocast = self.autocast
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # joins the group that is there
-        staged = PipelineModule(
-            layers=[LayerSpec(_Forward, stage, self.autocast) for _ in range(stage.part.count)],
-            num_stages=stage.part.count,
-            loss_fn=self._loss,
-            partition_method="uniform",
-            activation_checkpoint_interval=0,
-            seed_layers=False,
-            dynamic_shape=True,
-        )
-        config = engine_config(run, None, accumulation)
-        # the norm is that of all stages: see _before_update
-        config |= {"gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
-        self.engine, *_ = deepspeed.initialize(
-            model=staged, optimizer=self.optimizer, config=config, dist_init_required=False
-        )
+    def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
+        learner = StagedLearner(learner.model, learner.objective, ranks, self.autocast)
+        super().__init__(learner, recipe, ranks, accumulation)
+        with self.world.local_main_first():
+            build_operators()
+        self.replicas, self.stage = ranks.data, learner.model
+        self.optimizer = build_optimizer(self.stage, self.run)
+        self.engine = _engine(self.stage, self.optimizer, self.autocast, self._loss, self.run, accumulation)
+        # The engine clips by the norm of its own stage, and updates in the same call that runs the micro-batches. The
+        # only place between the two is the optimiser's hook.
         self.optimizer.register_step_pre_hook(self._before_update)
+        self.batches: list[Batch] = []
+        self.sums, self.total, self.number = LossSums(learner.objective, 1.0), 1.0, 0
+        self.result = StepResult(math.nan, math.nan, 0.0)
 
-    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with self.autocast():
-            loss = self.model.stage.loss(hidden, labels)
-        self.loss_sum += loss.item()
-        # DeepSpeed takes the mean over micro-batches and replicas
-        return loss / self.total * self.accumulation * self.replicas.size
+    @classmethod
+    def require(cls, recipe: Recipe) -> None:
+        """See Strategy: DeepSpeed."""
+        require_deepspeed(recipe)
+
+    @classmethod
+    def split(cls, run: RunConfig, world: World) -> Ranks:
+        """See Strategy. Raises ConfigError where the ranks are no multiple of the stages."""
+        stages = run.num_stages
+        if world.size % stages:
+            raise ConfigError(
+                f"{world.size} ranks can't be pipelines of {stages} stages: start a multiple of run.num_stages"
+                " (--num-stages)."
+            )
+        replicas = world.size // stages
+        # DeepSpeed's own order: rank = stage x replicas + replica
+        index, replica = divmod(world.rank, replicas)
+        groups = [[stage * replicas + r for r in range(replicas)] for stage in range(stages)]
+        pipes = [[stage * replicas + r for stage in range(stages)] for r in range(replicas)]
+        same_stage = [_group(ranks) for ranks in groups][index]
+        pipe_group = [_group(ranks) for ranks in pipes][replica]
+        data = replace(world, rank=replica, size=replicas, group=same_stage, leads=world.is_main)
+        return Ranks(world, data, index, tuple(pipes[replica]), pipe_group)
+
+    @classmethod
+    def layout(cls, run: RunConfig, world: World) -> Layout:
+        """See Strategy."""
+        return Layout(world.size, run.num_stages)
+
+    @classmethod
+    def build(
+        cls, recipe: Recipe, tokenizer: Any, objective: Objective, ranks: Ranks, planner: Callable[[], Planner]
+    ) -> Learner:
+        """See Strategy: one stage. This host never holds the other blocks."""
+        config: Any = recipe.model
+        device = ranks.world.device
+        llm_config, tensors = open_llm_of(config.llm, tokenizer)
+        trained, name = config.llm.train == "full", config.llm.weights or "model.llm.config"
+        if llm_config.tie_word_embeddings and trained and recipe.run.num_stages > 1:
+            raise ConfigError(
+                f"{name} ties its embeddings to its head, which then lie on two ranks and can't be trained: set"
+                " model.llm.train=lora or frozen."
+            )
+        part = _parts(recipe.run, llm_config.num_hidden_layers, ranks.world, planner)[ranks.stage]
+        llm = llm_part(llm_config, part, torch.float32 if trained else frozen_dtype(device))
+        llm.generation_config = _recommended(config.llm.weights)
+        load_part(llm, part, tensors, name, torch.device("cpu"))
+        placeholder = image_token_id(tokenizer) if config.sees else None
+        stage = Stage(config, llm, part, placeholder, inits(recipe.init))
+        if part.is_first:
+            stage.front.suit(device)
+        return StagedLearner(stage.to(device), objective, ranks)
 
     def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
         """See Strategy. The error comes before anything is saved."""
-        (self.total,) = self.replicas.sum(sum(self.task.count(b) for b in batches))
-        self.loss_sum = 0.0
+        self.batches, self.number, self.total = batches, number, self.units(batches)
+        self.sums = LossSums(self.learner.objective, self.total)
         set_learning_rate(self.optimizer, rate)
-        self.number = number
-        self.engine.train_batch(map(self._micro_batch, batches))
+        self.engine.train_batch(map(self._micro_batch, range(len(batches))))
         return self.result
+
+    def _micro_batch(self, index: int) -> tuple[Any, torch.Tensor]:
+        """(what the first stage takes, what the loss takes). The engine hands on nothing but tensors: the loss finds
+        its batch by the index.
+        """
+        batch = self.batches[index]
+        if self.ranks.sees:
+            batch = self.stage.front.filler(batch)
+        images = batch.pixel_values if batch.features is None else batch.features
+        images = torch.empty(0) if images is None else images
+        return (batch.input_ids, batch.position_ids, images), torch.tensor(index)
+
+    def _loss(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        batch = self.learner.ready(self.batches[int(index)])
+        with self.autocast():
+            out = self.learner.objective.loss(self.learner.scorer(), hidden, batch)
+        # in fp64: one rank sums all micro-batches here, and as tensors, so that no one waits for them
+        self.sums.add(replace(out, loss_sum=out.loss_sum.double()))
+        # DeepSpeed takes the mean over micro-batches and replicas
+        return out.loss_sum / self.total * self.accumulation * self.replicas.size
 
     def _before_update(self, *_: object) -> None:
         """The optimiser's hook: all gradients are summed, nothing is updated yet."""
         started = time.perf_counter()
         own = [p.grad for _, p in self._trained() if p.grad is not None]
         square = torch.nn.utils.get_total_norm(own).item() ** 2 if own else 0.0
-        loss, square = self.world.sum(self.loss_sum / self.total, square)
+        loss, parts = self.sums.over(self.world)
+        (square,) = self.world.sum(square)
         norm = math.sqrt(square / self.replicas.size) if square >= 0 else math.nan
         self.check_finite(self.number, loss, norm)
         if self.run.grad_norm_clip is not None and own:
             torch.nn.utils.clip_grads_with_norm_(
                 [p for _, p in self._trained()], self.run.grad_norm_clip, torch.tensor(norm, device=own[0].device)
             )
-        self.result = StepResult(loss, norm, time.perf_counter() - started)
-
-    def _micro_batch(self, batch: Batch) -> tuple[Any, ...]:
-        """(what the first stage takes, what the last stage takes)."""
-        if self.model.stage.part.is_first:
-            batch = self.model.stage.front.filler(batch)
-        images = batch.pixel_values if batch.features is None else batch.features
-        images = torch.empty(0) if images is None else images  # DeepSpeed takes tensors alone
-        return (batch.input_ids, batch.position_ids, images), batch.labels
+        self.result = StepResult(loss, norm, time.perf_counter() - started, parts)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.stage.whole_names() if p.requires_grad]
+        return [(name, p) for name, p in self.learner.tensors().items() if p.requires_grad]
 
     def trained_tensors(self) -> Tensors:
         """See Strategy; collected from the stages."""
@@ -226,11 +171,9 @@ class PipelineStrategy(Strategy):
 
     def state_tensors(self) -> Tensors:
         """See Strategy; collected from the stages."""
-        part = self.model.stage.part
-        state = optimizer_tensors(self.optimizer, self.model.stage)
-        return self._collected(
-            {_renamed(key, part.whole_name): value.cpu() for key, value in state.items() if not key.endswith(".anchor")}
-        )
+        state = optimizer_tensors(self.optimizer, self.stage)
+        own = self._whole_names()
+        return self._collected({_renamed(key, own): value.cpu() for key, value in state.items() if _name(key) in own})
 
     def _collected(self, own: Tensors) -> Tensors:
         """The tensors of all stages, from the first replica of each, on rank 0."""
@@ -243,33 +186,57 @@ class PipelineStrategy(Strategy):
 
     def load_state_tensors(self, tensors: Tensors) -> None:
         """See Strategy; each stage takes what is its own."""
-        stage = self.model.stage
-        own = {
-            stage.part.whole_name(name.removeprefix("front.")): name
-            for name, p in stage.named_parameters()
-            if p.requires_grad
-        }
-        load_optimizer_tensors(
-            self.optimizer,
-            stage,
-            {
-                f"{slot}.{own[name]}": value
-                for key, value in tensors.items()
-                for slot, _, name in [key.partition(".")]
-                if name in own
-            },
-        )
+        names = {whole: own for own, whole in self._whole_names().items()}
+        own = {_renamed(key, names): value for key, value in tensors.items() if _name(key) in names}
+        load_optimizer_tensors(self.optimizer, self.stage, own)
+
+    def _whole_names(self) -> dict[str, str]:
+        """Name in the stage to name in the whole model, of what is trained."""
+        whole = {p: name for name, p in self._trained()}
+        return {name: whole[p] for name, p in self.stage.named_parameters() if p in whole}
 
 
-def _renamed(key: str, whole_name: Callable[[str], str]) -> str:
-    slot, _, name = key.partition(".")
-    return f"{slot}.{whole_name(name.removeprefix('front.'))}"
+def _group(ranks: list[int]) -> Any:
+    """A process group, which all ranks make together, also those that are not in it."""
+    return dist.new_group(ranks)
+
+
+def _name(key: str) -> str:
+    return key.partition(".")[2]
+
+
+def _renamed(key: str, names: dict[str, str]) -> str:
+    return f"{key.partition('.')[0]}.{names[_name(key)]}"
+
+
+def _engine(
+    stage: Stage, optimizer: torch.optim.Optimizer, autocast: Autocast, loss: Any, run: RunConfig, accumulation: int
+) -> Any:
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # joins the group that is there
+    staged = PipelineModule(
+        layers=[LayerSpec(_Forward, stage, autocast) for _ in range(stage.part.count)],
+        num_stages=stage.part.count,
+        loss_fn=loss,
+        partition_method="uniform",
+        activation_checkpoint_interval=0,
+        seed_layers=False,
+        dynamic_shape=True,
+    )
+    config = engine_config(run, None, accumulation)
+    # the norm is that of all stages, and clipped by our hook
+    config |= {"gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
+    engine, *_ = deepspeed.initialize(model=staged, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
 
 
 class _Forward(nn.Module):
     """A stage as DeepSpeed calls it."""
 
-    def __init__(self, stage: Stage, autocast: Callable[[], Any]) -> None:
+    def __init__(self, stage: Stage, autocast: Autocast) -> None:
         super().__init__()
         self.stage, self._autocast = stage, autocast
 
@@ -277,3 +244,38 @@ class _Forward(nn.Module):
         """See Stage."""
         with self._autocast():
             return self.stage(inputs)
+
+
+def _parts(run: RunConfig, blocks: int, world: World, planner: Callable[[], Planner]) -> list[Part]:
+    """The stages, by their cost or as the recipe says; printed as a table."""
+    sizes, stages = run.stage_blocks, run.num_stages
+    if sizes and (len(sizes) != stages or sum(sizes) != blocks or min(sizes) < 1):
+        raise ConfigError(
+            f"run.stage_blocks {sizes} must be {stages} numbers, one for each stage, at least 1, that sum to the"
+            f" LLM's {blocks} blocks."
+        )
+    if run.evaluate:
+        return cut(sizes or [blocks // stages + (i >= stages - blocks % stages) for i in range(stages)])
+    return cut(world.broadcast(_planned_sizes(run, world, planner()) if world.is_main else None))
+
+
+def _planned_sizes(run: RunConfig, world: World, planner: Planner) -> list[int]:
+    plan = planner.plan(Pipeline.layout(run, world), blocks=run.stage_blocks or None)
+    for i, (n, f, memory) in enumerate(zip(plan.blocks, plan.footprints, plan.memory, strict=True)):
+        log.info(
+            "stage %d of %d: %d blocks, %s parameters, %.3g GFLOP a micro-batch of the longest rows, "
+            "%.2f GiB expected",
+            i, len(plan.blocks), n, f"{round(f.parameters):,}", f.flops / 1e9, memory.total / 2**30,
+        )  # fmt: skip
+    return list(plan.blocks)
+
+
+def _recommended(name: str | None) -> GenerationConfig:
+    """The generation settings that come with the LLM `name`, which a stage, made from the configuration, lacks."""
+    if name is None:
+        return GenerationConfig()
+    folder = resolve(name)
+    try:
+        return GenerationConfig.from_pretrained(folder if folder.exists() else name)
+    except OSError:  # many come without
+        return GenerationConfig()

@@ -25,7 +25,7 @@ from lavis.models.configs import VlmConfig
 from lavis.models.llm import new_config
 from lavis.models.stages import SPLITTABLE
 from lavis.parallel.footprint import Footprint, Footprints, MicroBatch, Precision
-from lavis.parallel.strategy import BUCKET_BYTES
+from lavis.parallel.layout import BUCKET_BYTES, Layout
 from lavis.weights.gguf import gguf_arguments, is_gguf
 from lavis.weights.qwen1 import qwen2_config
 from lavis.weights.qwen1_format import is_qwen1
@@ -88,29 +88,6 @@ def _matmul_rate(side: int = 1024) -> float:
         a @ b
         best = min(best, time.perf_counter() - started)
     return 2 * side**3 / best
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a run lies on ranks: a whole model on each (`stages` 1), its state split by ZeRO stage `zero`, or pipelines
-    of `stages`.
-    """
-
-    ranks: int
-    stages: int = 1
-    zero: int = 0
-
-    @property
-    def replicas(self) -> int:
-        """How many micro-batches are worked on independently."""
-        return self.ranks // self.stages
-
-    def __str__(self) -> str:
-        if self.stages > 1:
-            return f"pipeline of {self.stages}" + (f", {self.replicas} of them" if self.replicas > 1 else "")
-        if self.zero:
-            return f"ZeRO-{self.zero}, {self.ranks} ranks"
-        return f"data-parallel, {self.ranks} ranks" if self.ranks > 1 else "one rank"
 
 
 @dataclass(frozen=True)

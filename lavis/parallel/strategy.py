@@ -1,4 +1,4 @@
-"""How one optimiser step is carried out over micro-batches and ranks.
+"""How a model lies on ranks, and how one optimiser step is carried out over micro-batches and ranks.
 
 The loop calls a strategy; models know nothing of it.
 """
@@ -9,18 +9,26 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lavis.config.recipe import Recipe
 from lavis.config.schema import RunConfig
 from lavis.core.dist import World
-from lavis.core.errors import TrainingError
+from lavis.core.errors import CheckpointError, TrainingError
+from lavis.core.output import LossOutput
+from lavis.core.registries import MODELS, STRATEGIES
 from lavis.core.types import Batch
-from lavis.objectives.base import Task
-from lavis.train.optim import (
+from lavis.models.parts import inits
+from lavis.objectives.base import Objective
+from lavis.objectives.learner import Learner
+from lavis.parallel.layout import BUCKET_BYTES, Layout
+from lavis.parallel.optim import (
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -28,8 +36,29 @@ from lavis.train.optim import (
     trainable_parameters,
 )
 
-BUCKET_BYTES = 64 << 20
-"""Gradients are summed over ranks in flat pieces of about this size."""
+if TYPE_CHECKING:
+    from lavis.parallel.plan import Planner
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who works with whom. world: all ranks; data: those over which samples are split, of which this is one.
+
+    stage: which part of the model this rank has. pipe: the ranks that have the others, in order, and their group.
+    """
+
+    world: World
+    data: World
+    stage: int = 0
+    pipe: tuple[int, ...] = (0,)
+    pipe_group: dist.ProcessGroup | None = None
+
+    @property
+    def sees(self) -> bool:
+        """Whether this rank needs images."""
+        return self.stage == 0
 
 
 @dataclass(frozen=True)
@@ -43,55 +72,75 @@ class StepResult:
 
 
 class Strategy(ABC):
-    """How an optimiser step is carried out. `scaler` is fp16's loss scaling (disabled otherwise)."""
+    """How a model lies on ranks and is trained there; the class methods are asked before there is one to train.
 
-    in_step: bool = False
-    """Whether ranks must run the same modules at the same time, because each holds a part of the weights."""
+    learner: what is trained, and validated and asked meanwhile. accumulation: micro-batches of an optimiser step on
+    each rank. scaler: fp16's loss scaling (disabled otherwise).
+    """
 
-    def __init__(self, model: nn.Module, task: Task, run: RunConfig, world: World) -> None:
-        self.model, self.task, self.run, self.world = model, task, run, world
+    grouped: ClassVar[bool] = False
+    """Whether a process group is needed also for a single rank."""
+
+    def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
+        self.learner, self.run, self.ranks, self.world = learner, recipe.run, ranks, ranks.world
+        self.accumulation = accumulation
+        self.dtype = mixed_precision(recipe, ranks.world.device)
         self.scaler = torch.amp.GradScaler(
-            world.device.type,
-            enabled=self.dtype() == torch.float16,
-            init_scale=run.loss_scale or 2.0**16,
-            growth_interval=2000 if run.loss_scale is None else 2**31 - 1,
+            ranks.world.device.type,
+            enabled=self.dtype == torch.float16,
+            init_scale=self.run.loss_scale or 2.0**16,
+            growth_interval=2000 if self.run.loss_scale is None else 2**31 - 1,
         )
 
-    def dtype(self) -> torch.dtype | None:
-        """Type of mixed precision as the recipe says; none on a CPU by default."""
-        if not (self.run.amp and getattr(self.task.recipe.model, "enable_autocast", True)) or (
-            self.world.device.type == "cpu" and not self.run.autocast_on_cpu
-        ):
-            return None
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.run.autocast_dtype]
+    @classmethod
+    def require(cls, recipe: Recipe) -> None:
+        """Raise ConfigError if what it is built on is missing; before there is a process group."""
+        return  # most need nothing that is not there
+
+    @classmethod
+    def split(cls, run: RunConfig, world: World) -> Ranks:
+        """How the ranks of `world` work together. Raises ConfigError if they are too few or too many."""
+        return Ranks(world, world)
+
+    @classmethod
+    @abstractmethod
+    def layout(cls, run: RunConfig, world: World) -> Layout:
+        """How the run lies on the ranks, for its plan."""
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls, recipe: Recipe, tokenizer: Any, objective: Objective, ranks: Ranks, planner: Callable[[], Planner]
+    ) -> Learner:
+        """The model, or this rank's part of it, on its device with its weights, to be evaluated or trained.
+
+        planner: gives the plans of the run on this hardware, where a rank's part follows from them.
+        """
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of a forward."""
-        dtype = self.dtype()
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.world.device.type, dtype)
-
-    def ready(self, batch: Batch) -> Batch:
-        """`batch` on this rank's device, as the model is to be given it.
-
-        Where `in_step`, all ranks call this together.
-        """
-        return batch.to(self.world.device)
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.world.device.type, self.dtype)
 
     @abstractmethod
     def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
         """Forward, backward and update. Raises TrainingError on all ranks when loss or gradient is not finite."""
 
     @abstractmethod
-    def trained_tensors(self) -> dict[str, torch.Tensor]:
+    def trained_tensors(self) -> Tensors:
         """What is trained, whole, by name. Called by all ranks; what rank 0 gets is saved."""
 
     @abstractmethod
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def state_tensors(self) -> Tensors:
         """Optimiser state to save, as `<slot>.<name>`, whole: a checkpoint knows nothing of the layout that made it."""
 
     @abstractmethod
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_tensors(self, tensors: Tensors) -> None:
         """Restore what `state_tensors` gave."""
+
+    def units(self, batches: Iterable[Batch]) -> float:
+        """Of the whole global step."""
+        (total,) = self.ranks.data.sum(sum(self.learner.objective.units(b) for b in batches))
+        return total
 
     def check_finite(self, number: int, loss: float, norm: float) -> None:
         """Raise TrainingError for a loss that is not finite, or a gradient that fp16's loss scaling does not handle."""
@@ -102,43 +151,61 @@ class Strategy(ABC):
             )
 
 
-class DataParallelStrategy(Strategy):
+def mixed_precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """Type of mixed precision on `device` as the recipe says; none on a CPU by default."""
+    run = recipe.run
+    if not (run.amp and getattr(recipe.model, "enable_autocast", True)) or (
+        device.type == "cpu" and not run.autocast_on_cpu
+    ):
+        return None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[run.autocast_dtype]
+
+
+@STRATEGIES.register("data_parallel")
+class DataParallel(Strategy):
     """One process, or several that hold the same model and sum their gradients once per optimiser step.
 
     The sum is of exact per-token sums divided by the supervised tokens of the whole global step, so the gradient does
-    not depend on
-    how a batch is cut into micro-batches and ranks. Only trainable gradients are ever communicated; a micro-batch that
-    does not
-    touch some of them (text only) needs no special care.
+    not depend on how a batch is cut into micro-batches and ranks. Only trainable gradients are ever communicated; a
+    micro-batch that does not touch some of them (text only) needs no special care.
     """
 
-    def __init__(self, model: nn.Module, task: Task, run: RunConfig, world: World) -> None:
-        super().__init__(model, task, run, world)
-        self.optimizer = build_optimizer(model, run)
-        self.parameters = list(trainable_parameters(model).values())
+    def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
+        super().__init__(learner, recipe, ranks, accumulation)
+        self.optimizer = build_optimizer(learner.model, self.run)
+        self.parameters = list(trainable_parameters(learner.model).values())
+
+    @classmethod
+    def layout(cls, run: RunConfig, world: World) -> Layout:
+        """See Strategy."""
+        return Layout(world.size)
+
+    @classmethod
+    def build(
+        cls, recipe: Recipe, tokenizer: Any, objective: Objective, ranks: Ranks, planner: Callable[[], Planner]
+    ) -> Learner:
+        """See Strategy: the whole model."""
+        model = whole_model(recipe, tokenizer, ranks.world.device).to(ranks.world.device)
+        return Learner(model, objective, ranks.data)
 
     def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
         """See Strategy. The error comes before the update."""
         self.optimizer.zero_grad(set_to_none=True)
-        counts = [self.task.count(b) for b in batches]
         started = time.perf_counter()
-        (total,) = self.world.sum(sum(counts))
+        total = self.units(batches)
         comm = time.perf_counter() - started
-        losses: dict[str, torch.Tensor] = {}
+        sums = LossSums(self.learner.objective, total)
         for batch in batches:
             with self.autocast():
-                out = self.model(self.ready(batch))
+                out = self.learner(self.learner.ready(batch))
             if out.loss_sum.requires_grad:  # not when all is frozen but the projection and there is no image
                 self.scaler.scale(out.loss_sum / total).backward()
-            for name, value in {"loss": out.loss_sum.detach(), **out.parts}.items():
-                losses[name] = losses.get(name, 0.0) + value / total
+            sums.add(out)
         started = time.perf_counter()
         self._sum_gradients()
-        sums = self.world.sum(*(v.item() for v in losses.values()))
+        loss, parts = sums.over(self.world)
         comm += time.perf_counter() - started
-        means = dict(zip(losses, sums, strict=True))
-        norm = self._update(means["loss"], rate, number)
-        return StepResult(means.pop("loss"), norm, comm, means)
+        return StepResult(loss, self._update(loss, rate, number), comm, parts)
 
     def _update(self, loss: float, rate: float, number: int) -> float:
         self.scaler.unscale_(self.optimizer)
@@ -153,14 +220,12 @@ class DataParallelStrategy(Strategy):
         return value
 
     def _sum_gradients(self) -> None:
-        for p in self.parameters:  # samples that did not touch p count as a gradient of zero, on one rank as on many
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        if self.world.size == 1:
-            return
         bucket: list[torch.Tensor] = []
         size = 0
-        for p in self.parameters:
+        for p in self.parameters:  # samples that did not touch p count as a gradient of zero, on one rank as on many
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self.world.size == 1:
+                continue
             bucket.append(p.grad)
             size += p.grad.nbytes
             if size >= BUCKET_BYTES:
@@ -168,17 +233,41 @@ class DataParallelStrategy(Strategy):
                 bucket, size = [], 0
         _all_reduce_flat(bucket)
 
-    def trained_tensors(self) -> dict[str, torch.Tensor]:
+    def trained_tensors(self) -> Tensors:
         """The parameters themselves."""
-        return {name: p.detach() for name, p in trainable_parameters(self.model).items()}
+        return {name: p.detach() for name, p in trainable_parameters(self.learner.model).items()}
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def state_tensors(self) -> Tensors:
         """See Strategy."""
-        return optimizer_tensors(self.optimizer, self.model)
+        return optimizer_tensors(self.optimizer, self.learner.model)
 
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restore what `state_tensors` gave."""
-        load_optimizer_tensors(self.optimizer, self.model, tensors)
+    def load_state_tensors(self, tensors: Tensors) -> None:
+        """See Strategy."""
+        load_optimizer_tensors(self.optimizer, self.learner.model, tensors)
+
+
+def whole_model(recipe: Recipe, tokenizer: Any, device: torch.device) -> nn.Module:
+    """The recipe's model on the CPU, its weights loaded, frozen parts in the precision that suits `device`."""
+    init = {"init": inits(recipe.init)} if recipe.init else {}
+    return MODELS.get(recipe.model.arch).from_config(recipe.model, tokenizer, device=device, **init)
+
+
+class LossSums:
+    """Losses of a step's micro-batches, divided by `total` units and summed; tensors until they are asked for."""
+
+    def __init__(self, objective: Objective, total: float) -> None:
+        self._names, self._total = ("loss", *objective.parts), total
+        self._sums: dict[str, torch.Tensor | float] = dict.fromkeys(self._names, 0.0)
+
+    def add(self, out: LossOutput) -> None:
+        """Count a micro-batch in."""
+        for name, value in {"loss": out.loss_sum.detach(), **out.parts}.items():
+            self._sums[name] = self._sums[name] + value / self._total
+
+    def over(self, world: World) -> tuple[float, dict[str, float]]:
+        """(loss, parts) summed over the ranks of `world`, which call this together."""
+        means = dict(zip(self._names, world.sum(*(float(v) for v in self._sums.values())), strict=True))
+        return means.pop("loss"), means
 
 
 def _all_reduce_flat(tensors: list[torch.Tensor]) -> None:
@@ -188,3 +277,38 @@ def _all_reduce_flat(tensors: list[torch.Tensor]) -> None:
     dist.all_reduce(flat)
     for t, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(summed.view_as(t))
+
+
+# ---- the whole model, of which each rank has a part or all
+
+
+def tensor_names(learner: Learner, world: World, *, trained: bool) -> list[str]:
+    """Names of the parameters of the whole model, or of those that are trained. Called by all ranks."""
+    own = [name for name, p in learner.tensors().items() if p.requires_grad or not trained]
+    return list(dict.fromkeys(name for names in world.gather(own) for name in names))
+
+
+def parameter_counts(learner: Learner, ranks: Ranks) -> tuple[int, int]:
+    """Trainable and all parameters of the whole model. Called by all ranks."""
+    own = learner.tensors().values()
+    trained, total = ranks.world.sum(sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own))
+    return round(trained / ranks.data.size), round(total / ranks.data.size)
+
+
+def load_trained(
+    learner: Learner, tensors: Mapping[str, torch.Tensor], world: World, *, where: str, all_of_it: bool
+) -> None:
+    """Give the parameters of this rank what the checkpoint `where` holds for them. Called by all ranks.
+
+    all_of_it: what is trained has to be what the checkpoint holds. Raises CheckpointError where the two differ.
+    """
+    trained = set(tensor_names(learner, world, trained=True)) if all_of_it else set(tensors)
+    unknown = set(tensors) - set(tensor_names(learner, world, trained=False))
+    if wrong := sorted((trained ^ set(tensors)) | unknown):
+        raise CheckpointError(
+            f"{where}: the checkpoint and the model differ in what is trained: {', '.join(wrong[:8])}."
+        )
+    own = learner.tensors()
+    with torch.no_grad():
+        for name in tensors.keys() & own.keys():
+            own[name].copy_(tensors[name])

@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
-import deepspeed.runtime.zero.linear
 import torch
-import torch.nn.functional as F
-from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import (
-    lazy_init_hp_params_optimizer_state,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-    safe_set_local_optimizer_state,
-)
 from torch import nn
 
+from lavis.config.recipe import Recipe
 from lavis.config.schema import RunConfig
 from lavis.core.dist import World
-from lavis.core.errors import ConfigError
+from lavis.core.registries import STRATEGIES
 from lavis.core.types import Batch
-from lavis.models.llm import logits_rows
-from lavis.objectives.base import Task
-from lavis.parallel.strategy import StepResult, Strategy
-from lavis.train.optim import (
+from lavis.generation.decoding import Decoder, LocalDecoder
+from lavis.objectives.base import Objective
+from lavis.objectives.learner import Learner
+from lavis.parallel.deepspeed_setup import build_operators, require_deepspeed
+from lavis.parallel.layout import Layout
+from lavis.parallel.optim import (
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
     trainable_parameters,
 )
+from lavis.parallel.strategy import LossSums, Ranks, StepResult, Strategy, Tensors, whole_model
+
+if TYPE_CHECKING:
+    from lavis.parallel.plan import Planner
 
 _OURS = ("optimizer", "scheduler", "bf16", "fp16", "amp", "train_batch_size")
 """Parts of a recipe's section that are said elsewhere in the recipe: see lavis.config.deepspeed."""
-_SLOTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's tensors of a parameter's shape; `step` is beside them."""
 _PERSISTENT = 100_000
 """ZeRO-3 keeps parameters of at most this many elements whole on every rank, if the recipe does not say otherwise."""
 _BUCKET = 500_000_000
@@ -59,8 +50,7 @@ def engine_config(
     """What DeepSpeed is given: the recipe's section, with what the recipe says elsewhere filled in.
 
     `kept_whole`: elements of the largest parameter that must be whole on every rank under ZeRO-3. `trained`: elements
-    that are trained, which need no larger
-    buffer (by default DeepSpeed takes 2 GB whatever there is to sum).
+    that are trained, which need no larger buffer (by default DeepSpeed takes 2 GB whatever there is to sum).
 
     Mixed precision is torch's, as everywhere here: trained weights stay fp32, and their gradients are summed in fp32.
     """
@@ -85,180 +75,174 @@ def engine_config(
     return config | ({"zero_optimization": zero} if zero else {})
 
 
-class Linear(LinearFunctionForZeroStage3):
-    """ZeRO-3's linear layer, which keeps no weight for the backward pass; this one keeps no input either where the
-    weight is frozen.
-    """
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """See torch.autograd.Function."""
-        x, *others = inputs
-        LinearFunctionForZeroStage3.setup_context(
-            ctx, (x if ctx.needs_input_grad[1] else x.new_empty(0), *others), output
-        )
-
-
-class DeepSpeedStrategy(Strategy):
+@STRATEGIES.register("zero")
+class Zero(Strategy):
     """ZeRO: optimiser state (1), gradients (2) and weights, the frozen ones too (3), each split over the ranks.
 
-    Loss and gradient are those of DataParallelStrategy, and so are the checkpoints: one made here goes on there, on any
-    number of ranks.
+    Loss and gradient are those of DataParallel, and so are the checkpoints: one made here goes on there, on any number
+    of ranks.
     """
 
-    def __init__(self, model: nn.Module, task: Task, run: RunConfig, world: World, accumulation: int) -> None:
-        super().__init__(model, task, run, world)
-        self.stage = zero_stage(run)
-        self.in_step = self.stage == 3 and world.size > 1
-        self.optimizer = build_optimizer(model, run)
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # used without a forward, or a backward, that DeepSpeed sees
-        self.unhooked = model.unhooked_parameters()
-        kept_whole = max((p.numel() for p in self.unhooked), default=0)
-        trained = sum(p.numel() for p in trainable_parameters(model).values())
-        config = engine_config(run, self.dtype(), accumulation, kept_whole, trained)
-        try:
-            self.engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self.optimizer, config=config, dist_init_required=False
-            )
-        except (
-            ValueError,
-            TypeError,
-            AssertionError,
-            KeyError,
-            deepspeed.runtime.zero.utils.ZeRORuntimeException,
-        ) as error:
-            raise ConfigError(f"DeepSpeed does not accept run.deepspeed_config: {error}") from error
-        if self.stage == 3:
-            deepspeed.runtime.zero.linear.LinearFunctionForZeroStage3 = Linear
-            for module, parameter in model.borrowed_parameters():
-                deepspeed.zero.register_external_parameter(module, parameter)
-            for buffer in model.buffers():
-                buffer.data = buffer.data.to(world.device)
-            # DeepSpeed waits for the first training step; sample prompts come before
-            _gather(self.engine.optimizer.persistent_parameters)
-        self._place_scaler()
+    grouped = True
 
-    def _place_scaler(self) -> None:
-        """DeepSpeed makes a loss scaler of its own; it gets ours, which starts where the recipe says and is in
-        checkpoints.
-        """
-        if not self.scaler.is_enabled():
-            return
-        if self.stage:
-            self.engine.optimizer.torch_autocast_gradscaler = self.scaler
-        else:
-            self.engine.torch_autocast_z0_gradscaler = self.scaler
+    def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
+        from lavis.parallel.zero_engine import ZeroEngine
+
+        self.stage = zero_stage(recipe.run)
+        learner = ZeroLearner(learner, in_step=self.stage == 3 and ranks.world.size > 1)
+        super().__init__(learner, recipe, ranks, accumulation)
+        with self.world.local_main_first():
+            build_operators()
+        self.optimizer = build_optimizer(learner.model, self.run)
+        self.named = trainable_parameters(learner.model)
+        unhooked = learner.model.unhooked_parameters()
+        kept_whole = max((p.numel() for p in unhooked), default=0)
+        trained = sum(p.numel() for p in self.named.values())
+        self.engine = ZeroEngine(
+            learner,
+            self.optimizer,
+            engine_config(self.run, self.dtype, accumulation, kept_whole, trained),
+            self.stage,
+            unhooked=unhooked,
+            borrowed=learner.model.borrowed_parameters(),
+            device=self.world.device,
+        )
+        if self.scaler.is_enabled():
+            self.engine.use_scaler(self.scaler)
+
+    @classmethod
+    def require(cls, recipe: Recipe) -> None:
+        """See Strategy: DeepSpeed."""
+        require_deepspeed(recipe)
+
+    @classmethod
+    def layout(cls, run: RunConfig, world: World) -> Layout:
+        """See Strategy."""
+        return Layout(world.size, zero=zero_stage(run))
+
+    @classmethod
+    def build(
+        cls, recipe: Recipe, tokenizer: Any, objective: Objective, ranks: Ranks, planner: Callable[[], Planner]
+    ) -> Learner:
+        """See Strategy: the whole model, but an LLM that no rank has room for stays on the CPU until it is split."""
+        device = ranks.world.device
+        model = whole_model(recipe, tokenizer, device)
+        if zero_stage(recipe.run) < 3 or recipe.run.evaluate:
+            return Learner(model.to(device), objective, ranks.data)
+        for name, part in model.named_children():
+            if name != "llm_model":
+                part.to(device)
+        for p in model.parameters(recurse=False):
+            p.data = p.data.to(device)
+        return Learner(model, objective, ranks.data)
 
     def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
         """See Strategy. The error comes before anything is saved."""
         started = time.perf_counter()
-        (total,) = self.world.sum(sum(self.task.count(b) for b in batches))
+        total = self.units(batches)
         comm = time.perf_counter() - started
-        losses: dict[str, torch.Tensor] = {}
+        sums = LossSums(self.learner.objective, total)
         set_learning_rate(self.optimizer, rate)
         norm = 0.0
         for i, batch in enumerate(batches):
             with self.autocast():
-                out = self.engine(self.ready(batch))
-            if self.stage == 3:
-                _gather(self.unhooked)
+                out = self.engine.forward(self.learner.ready(batch))
             # DeepSpeed takes the mean over ranks of what each rank sums
-            self.engine.backward(out.loss_sum / total * self.world.size, scale_wrt_gas=False)
-            for name, value in {"loss": out.loss_sum.detach(), **out.parts}.items():
-                losses[name] = losses.get(name, 0.0) + value / total
+            self.engine.backward(out.loss_sum / total * self.world.size)
+            sums.add(out)
             if self.stage == 0 and i == len(batches) - 1:
                 norm = self._whole_norm()
             self.engine.step()
         started = time.perf_counter()
-        means = dict(zip(losses, self.world.sum(*(v.item() for v in losses.values())), strict=True))
+        loss, parts = sums.over(self.world)
         comm += time.perf_counter() - started
         if self.stage:
-            norm = float(self.engine.get_global_grad_norm())
-        self.check_finite(number, means["loss"], norm)
-        return StepResult(means.pop("loss"), norm, comm, means)
+            norm = self.engine.norm()
+        self.check_finite(number, loss, norm)
+        return StepResult(loss, norm, comm, parts)
 
     def _whole_norm(self) -> float:
-        grads = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads).item() / (
-            self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        )
+        grads = [p.grad for p in self.named.values() if p.grad is not None]
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        return torch.nn.utils.get_total_norm(grads).item() / scale
 
-    def ready(self, batch: Batch) -> Batch:
-        """See Strategy. DeepSpeed wants a gradient from every micro-batch, so one without images is given an image that
-        has no place in it.
-
-        Under ZeRO-3 ranks fetch weights together, so each calls the LLM's head as often as the one with the most
-        labels.
-        """
-        if hasattr(self.model, "filler"):
-            batch = self.model.filler(batch, run_frozen=self.in_step)
-        if self.in_step and hasattr(self.model, "logits_chunks"):
-            (most,) = self.world.max(batch.num_tokens)
-            self.model.logits_chunks = max(1, math.ceil(most / logits_rows(self.model.llm_model)))
-        return batch.to(self.world.device)
-
-    def trained_tensors(self) -> dict[str, torch.Tensor]:
+    def trained_tensors(self) -> Tensors:
         """See Strategy; put together from the parts of all ranks."""
         if self.stage == 0:
-            return {name: p.detach() for name, p in trainable_parameters(self.model).items()}
-        return self._gathered({name: (p, None) for name, p in trainable_parameters(self.model).items()})
+            return {name: p.detach() for name, p in self.named.items()}
+        return self._gathered({name: (p, None) for name, p in self.named.items()})
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def state_tensors(self) -> Tensors:
         """See Strategy; put together from the parts of all ranks."""
-        if self.stage == 0:
-            return optimizer_tensors(self.optimizer, self.model)
-        self._link_state()
-        named = trainable_parameters(self.model)
-        tensors = self._gathered({f"{slot}.{name}": (p, slot) for name, p in named.items() for slot in _SLOTS})
-        steps = [state["step"] for state in self.optimizer.state.values() if "step" in state]
-        return tensors | {f"step.{name}": steps[0].detach().cpu().reshape(1).float().clone() for name in named}
+        from lavis.parallel.zero_engine import SLOTS
 
-    def _gathered(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> dict[str, torch.Tensor]:
+        if self.stage == 0:
+            return optimizer_tensors(self.optimizer, self.learner.model)
+        self.engine.link_state()
+        tensors = self._gathered({f"{slot}.{name}": (p, slot) for name, p in self.named.items() for slot in SLOTS})
+        done = self.engine.steps_done().detach().cpu().reshape(1).float()
+        return tensors | {f"step.{name}": done.clone() for name in self.named}
+
+    def _gathered(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> Tensors:
         """Whole tensors on the CPU of rank 0, one after another, so that no other rank holds more than one."""
-        found: dict[str, torch.Tensor] = {}
+        found: Tensors = {}
         for key, (p, slot) in wanted.items():
-            whole = safe_get_full_fp32_param(p) if slot is None else safe_get_full_optimizer_state(p, slot)
+            whole = self.engine.whole(p, slot)
             if self.world.is_main:
                 found[key] = whole.detach().cpu().clone()
         return found
 
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_tensors(self, tensors: Tensors) -> None:
         """See Strategy; each rank takes its part."""
         if self.stage == 0:
-            load_optimizer_tensors(self.optimizer, self.model, tensors)
-            return
-        named, zero = trainable_parameters(self.model), self.engine.optimizer
-        step = next((v for k, v in tensors.items() if k.startswith("step.")), torch.zeros(1)).reshape(())
-        flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        for flat in flats:  # as AdamW would at its first step
-            self.optimizer.state[flat] = {"step": step.clone(), **{slot: torch.zeros_like(flat) for slot in _SLOTS}}
-        self._link_state()
-        for name, p in named.items():
-            for slot in _SLOTS:
-                value = tensors[f"{slot}.{name}"].to(flats[0].device)
-                if self.stage == 3:
-                    safe_set_local_optimizer_state(p, self._part(value, p.ds_tensor.ds_numel), slot)
-                else:
-                    safe_set_full_optimizer_state(p, value, slot)
+            load_optimizer_tensors(self.optimizer, self.learner.model, tensors)
+        else:
+            self.engine.load_state(self.named, tensors, self.world.rank)
 
-    def _link_state(self) -> None:
-        """Let each parameter find its state under ZeRO-1 and 2.
 
-        DeepSpeed does it too early: when the first of the groups has been updated.
+class ZeroLearner(Learner):
+    """A learner that DeepSpeed's engine runs. in_step: the weights are split over the ranks."""
+
+    def __init__(self, learner: Learner, *, in_step: bool) -> None:
+        super().__init__(learner.model, learner.objective, learner.world)
+        self.in_step = in_step
+
+    def scorer(self) -> Any:
+        """See Learner. Ranks that fetch weights together call the head as often as the one with the most positions."""
+        return self.model.scorer(self._most if self.in_step else None)
+
+    def _most(self, calls: int) -> int:
+        (most,) = self.world.max(calls)
+        return int(most)
+
+    def ready(self, batch: Batch) -> Batch:
+        """See Learner. DeepSpeed wants a gradient of every trained part from every micro-batch; and ranks that fetch
+        weights together have to run the same parts.
         """
-        zero = self.engine.optimizer
-        if self.stage < 3:
-            for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-                lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
+        return self.model.filler(batch, run_frozen=self.in_step).to(self.world.device)
 
-    def _part(self, value: torch.Tensor, size: int) -> torch.Tensor:
-        """This rank's part of a tensor that ZeRO-3 splits into parts of `size`, the last one padded."""
-        padded = F.pad(value.flatten(), (0, size * self.world.size - value.numel()))
-        return padded.narrow(0, size * self.world.rank, size)
+    def decoder(self) -> Decoder:
+        """See Learner."""
+        return LockstepDecoder(self.model, self.world) if self.in_step else LocalDecoder(self.model)
 
 
-def _gather(parameters: list[nn.Parameter]) -> None:
-    """Make those of ZeRO-3's `parameters` whole that are not."""
-    if absent := [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
-        absent[0].all_gather(absent)
+class LockstepDecoder(LocalDecoder):
+    """Each rank continues rows of its own, but all run the model at the same time, as each holds a part of it."""
+
+    synced = True
+
+    def __init__(self, model: Any, world: World) -> None:
+        super().__init__(model)
+        self.world = world
+
+    def goes_on(self, unfinished: bool) -> bool:
+        """See Decoder: as long as any rank has rows."""
+        (most,) = self.world.max(unfinished)
+        return most > 0
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor | None:
+        """See Decoder; without rows, a token that nobody asked for keeps the others company."""
+        if tokens:
+            return super().step(tokens)
+        self.llm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device), use_cache=False)
+        return None

@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lavis.config.schema import ModelConfig
 from lavis.core.errors import CheckpointError
 from lavis.core.json_file import read_json
+from lavis.core.paths import resolve
 from lavis.weights.tensors import read_tensors
 
 MARKER = "COMPLETE"
@@ -181,6 +183,12 @@ def identity(path: Path) -> str:
                 f.seek(-1 << 20, os.SEEK_END)
             digest.update(f.read())
     return digest.hexdigest()[:16]
+
+
+def frozen_files(model: ModelConfig) -> dict[str, Path]:
+    """Key of the `model` section to file or folder of the weights that training does not change."""
+    named = {file.key.removeprefix("model."): resolve(file.name) for file in model.files()}
+    return {key: path for key, path in named.items() if path.exists()}
 
 
 def _is_about(path: Path) -> bool:

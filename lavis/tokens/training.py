@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from lavis.config.recipe import Recipe
-from lavis.core.registries import TASKS
+from lavis.core.registries import OBJECTIVES
 from lavis.core.types import Conversation
 from lavis.models.configs import ByteLevelBPEConfig
 
@@ -17,7 +17,7 @@ PAD_TOKEN, START_TOKEN, END_TOKEN, IMAGE_TOKEN = "<|endoftext|>", "<|im_start|>"
 """ChatML's control tokens and Qwen's first reserved one, which stands for a vector of an image."""
 
 
-@TASKS.register("tokenizer_training")
+@OBJECTIVES.register("tokenizer_training")
 class TokenizerTraining:
     """Byte-level BPE with ChatML control tokens: any text can be written, nothing is unknown."""
 

@@ -1,4 +1,4 @@
-"""One training loop, and what it is made of: schedules, optimiser, strategies, checkpoints, metrics, report."""
+"""Training and evaluation of a recipe: one loop with callbacks, and what it is made of."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def train_recipe(recipe: Recipe) -> int:
 
     One of several ranks ends its process with it.
     """
-    from lavis.core.registries import RUNNERS
+    from lavis.train.run import run_recipe
 
-    RUNNERS.get(recipe.run.runner)(recipe).run()
+    run_recipe(recipe)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # All is written and all ranks have met. At an ordinary end, threads of gloo and DeepSpeed now and then abort
         # the process (exit code -6).

@@ -18,7 +18,7 @@ from lavis.data.image import image_processor
 from lavis.data.loader import ImageFolder, ImageSource, NoImages, TrainLoader
 from lavis.data.prepare import PreparedTable
 from lavis.data.sampler import StepPlan
-from lavis.objectives.base import Task
+from lavis.data.texts import Texts
 
 log = logging.getLogger(__name__)
 _IMAGES_BEFORE_STOPPING = 100
@@ -56,11 +56,11 @@ class RunData:
     Without images, batches have ids and labels alone.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, world: World, *, with_images: bool = True) -> None:
-        self.recipe, self.task, self.world = recipe, task, world
+    def __init__(self, recipe: Recipe, texts: Texts, world: World, *, with_images: bool = True) -> None:
+        self.recipe, self.texts, self.world = recipe, texts, world
         run = recipe.run
         self.splits: dict[str, list[PreparedTable]] = {
-            split: prepare_split(recipe, split, task.tokenizer)
+            split: prepare_split(recipe, split, texts.tokenizer)
             for split in dict.fromkeys(
                 [*([] if run.evaluate else run.train_splits), *run.valid_splits, *run.test_splits]
             )
@@ -112,7 +112,7 @@ class RunData:
             self.train_tables,
             self.plan,
             self.train_images,
-            self.task.template.pad_token_id,
+            self.texts.template.pad_token_id,
             rank=self.world.rank,
             num_workers=run.num_workers,
             seed=run.seed,

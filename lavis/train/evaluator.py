@@ -1,87 +1,76 @@
-"""Judging during and after training: validation loss, test accuracy by generated answers, sample prompts."""
+"""Judging during and after training: validation loss, metrics of generated answers, sample prompts."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from lavis.config.recipe import Recipe
-from lavis.core.dist import World
+from lavis.config.schema import RunConfig
 from lavis.core.paths import resolve
+from lavis.core.registries import METRICS
 from lavis.core.types import Batch, Conversation, ImageRef, Message
 from lavis.data.loader import eval_batches
 from lavis.data.prepare import PreparedTable
-from lavis.eval.answers import Answerer, accuracy, write_answers
-from lavis.objectives.base import Task
-from lavis.parallel.strategy import Strategy
+from lavis.data.texts import Texts
+from lavis.eval.answers import Answerer, write_answers
+from lavis.eval.metrics import Metric
+from lavis.objectives.learner import Learner
 from lavis.runs.report import SampleReport
 from lavis.tokens.template import without_images
 from lavis.train.data import RunData
-
-log = logging.getLogger(__name__)
 
 
 class Evaluator:
     """Everything a run measures beside its training loss."""
 
-    def __init__(self, recipe: Recipe, task: Task, data: RunData, model: nn.Module, world: World, folder: Path) -> None:
-        self.run, self.task, self.data, self.model, self.world, self.folder = (
-            recipe.run,
-            task,
-            data,
-            model,
-            world,
-            folder,
-        )
-        self.answerer = (
-            Answerer(model, task.tokenizer, task.template, data.eval_images, world) if task.generates else None
-        )
-        self.prompts = self._prompts() if task.generates else []
-        self.ready: Callable[[Batch], Batch] = lambda batch: batch.to(world.device)
-
-    def follow(self, strategy: Strategy) -> None:
-        """Give the model its batches as `strategy` does."""
-        self.ready = strategy.ready
-        if self.answerer:
-            self.answerer.ready, self.answerer.in_step = strategy.ready, strategy.in_step
+    def __init__(
+        self,
+        run: RunConfig,
+        texts: Texts,
+        data: RunData,
+        learner: Learner,
+        folder: Path,
+        metrics: Sequence[str] = ("accuracy",),
+    ) -> None:
+        self.run, self.data, self.learner, self.folder = run, data, learner, folder
+        self.pad_token_id, self.world = texts.template.pad_token_id, learner.world
+        answers = learner.objective.generates
+        self.answerer = Answerer(learner, texts, data.eval_images) if answers else None
+        self.metrics: list[Metric] = [METRICS.get(name)() for name in metrics]
+        self.prompts = self._prompts() if answers else []
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean loss over the validation splits (and the parts of a loss that has them)."""
-        training = self.model.training
-        self.model.eval()
-        sums: dict[str, float] = {}
+        training = self.learner.training
+        self.learner.eval()
+        sums = dict.fromkeys(("loss", *self.learner.objective.parts), 0.0)
         count = 0
-        for split in self.run.valid_splits:
-            for table in self.data.splits[split]:
-                for batch in eval_batches(
-                    table,
-                    self.data.eval_images,
-                    self.task.template.pad_token_id,
-                    self.run.batch_size_eval,
-                    self.world.rank,
-                    self.world.size,
-                ):
-                    out = self.model(self.ready(batch))
-                    # else this rank had no sample left and only keeps the others company
-                    mine = self.task.count(batch) > 0
-                    count += out.count if mine else 0
-                    for name, value in {"loss": out.loss_sum, **out.parts}.items():
-                        sums[name] = sums.get(name, 0.0) + (value.item() if mine else 0.0)
-        self.model.train(training)
+        for batch in self._valid_batches():
+            out = self.learner(self.learner.ready(batch))
+            if self.learner.objective.units(batch) == 0:
+                continue  # this rank had no sample left and only keeps the others company
+            count += out.count
+            for name, value in {"loss": out.loss_sum, **out.parts}.items():
+                sums[name] += value.item()
+        self.learner.train(training)
         names = sorted(sums)
         *totals, n = self.world.sum(*(sums[k] for k in names), count)
         return {name: value / n for name, value in zip(names, totals, strict=True)}
 
-    def test(self, label: str, *, blind: bool = False) -> dict[str, float]:
-        """Accuracy on the test splits as `<label>/<split>/accuracy…`; all answers go to answers_<label>.jsonl.
+    def _valid_batches(self) -> Iterator[Batch]:
+        size, rank, ranks = self.run.batch_size_eval, self.world.rank, self.world.size
+        for split in self.run.valid_splits:
+            for table in self.data.splits[split]:
+                yield from eval_batches(table, self.data.eval_images, self.pad_token_id, size, rank, ranks)
 
-        `blind` takes the images out of the questions. Tasks without answers have none.
+    def test(self, label: str, *, blind: bool = False) -> dict[str, float]:
+        """The metrics of the test splits' answers as `<label>/<split>/<metric>…`; answers go to answers_<label>.jsonl.
+
+        `blind` takes the images out of the questions. Objectives without answers have none.
         """
         if not self.answerer:
             return {}
@@ -95,7 +84,8 @@ class Evaluator:
             answers = self.answerer.answer(
                 conversations, batch_size=self.run.batch_size_eval, max_new_tokens=self.run.max_new_tokens
             )
-            results |= {f"{label}/{split}/{k}": v for k, v in accuracy(answers).items()}
+            for metric in self.metrics:
+                results |= {f"{label}/{split}/{k}": v for k, v in metric.score(answers).items()}
             if self.world.is_main:
                 write_answers(self.folder / f"answers_{label}_{split}.jsonl", answers)
         return results

@@ -76,7 +76,7 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
     assert f"run.init_lr ({recipe_file}:11): 'fast' has the wrong type: expected number" in message
     assert f"run.num_workers ({recipe_file}:12): -1 is below the smallest allowed value, 0" in message
     assert f"run.device ({recipe_file}:13): 'gpu' is not one of: auto, cpu, cuda" in message
-    assert f"run.task ({recipe_file}:14): unknown task 'image_text_pretrian'. Did you mean" in message
+    assert f"run.task ({recipe_file}:14): unknown objective 'image_text_pretrian'. Did you mean" in message
     assert "model.max_txt_length (--options): unknown key. Did you mean 'max_length'" in message
 
 

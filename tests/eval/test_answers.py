@@ -1,4 +1,5 @@
-from lavis.eval.answers import Answer, accuracy, normalize, read_answers, write_answers
+from lavis.core.registries import METRICS
+from lavis.eval.answers import Answer, normalize, read_answers, write_answers
 
 
 def answer(expected, given, kind="colour", lang="en"):
@@ -13,7 +14,7 @@ def test_answers_are_compared_without_case_spaces_and_final_punctuation():
 
 def test_accuracy_by_kind_and_language():
     answers = [answer("red", "red"), answer("red", "blue"), answer("two", "two", "count", "zh")]
-    assert accuracy(answers) == {
+    assert METRICS.get("accuracy")().score(answers) == {
         "accuracy": 2 / 3,
         "accuracy/kind=colour": 0.5,
         "accuracy/kind=count": 1.0,

@@ -22,12 +22,15 @@ from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.types import IGNORE_INDEX
 from lavis.data.image import EvalImage, image_processor
 from lavis.data.shapes.scene import render, sample_scene
+from lavis.data.texts import Texts
 from lavis.export.hf import build, export_hf, merge_lora
 from lavis.export.hf_processor import PROBES, stock_ids
 from lavis.export.model_card import SNIPPET, model_card
 from lavis.export.trained import open_run
+from lavis.generation.decoding import LocalDecoder
+from lavis.generation.settings import GenerationSettings
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
-from lavis.objectives.image_text import ImageTextPretrain
+from lavis.objectives.sft import NextToken
 from tests.export.exports import FAMILIES, batch_of, conversation, distance, picture, random_run, save_run, shapes_run
 
 EXACT = 2e-6
@@ -39,16 +42,16 @@ class Both:
 
     def __init__(self, run: Path, folder: Path, **options):
         self.trained = open_run(run)
-        self.task = ImageTextPretrain(self.trained.recipe)
+        self.texts = Texts.of(self.trained.recipe)
         self.export = export_hf(self.trained, folder, **options)
-        self.ours = build(self.trained, self.task, "fp32").requires_grad_(True)
+        self.ours = build(self.trained, self.texts.tokenizer, "fp32").requires_grad_(True)
         self.folder = folder
         self.stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
         self.images = image_processor(next(iter(self.trained.recipe.datasets.values())).vis_processor.eval)
 
     def batch(self, prompts, files):
-        template = self.task.template
+        template = self.texts.template
         return batch_of(
             [template.encode_prompt(conversation(_each_part(m, path="a.png"))) for m in prompts],
             self.images,
@@ -58,14 +61,10 @@ class Both:
 
     def answers(self, prompts, files, tokens=12):
         """Greedy answers, ours and stock's."""
-        template, tokenizer = self.task.template, self.task.tokenizer
-        rows = self.ours.generate(
-            self.batch(prompts, files),
-            template.stop_token_ids,
-            template.pad_token_id,
-            max_new_tokens=tokens,
-            do_sample=False,
-        )
+        template, tokenizer = self.texts.template, self.texts.tokenizer
+        decoder = LocalDecoder(self.ours)
+        settings = GenerationSettings(max_new_tokens=tokens, repetition_penalty=decoder.repetition_penalty)
+        rows = decoder.generate(self.batch(prompts, files), template.stop_token_ids, template.pad_token_id, settings)
         rest = iter(files)
         inputs = self.processor.apply_chat_template(
             [[_with_files(m, rest) for m in messages] for messages in prompts],
@@ -180,7 +179,7 @@ def test_logits_loss_and_gradient(both, files):
     mask = batch.position_ids < torch.tensor(batch.lengths)[:, None]
     out = both.stock(batch.pixel_values, batch.input_ids, attention_mask=mask.long(), labels=labels)
     logits = both.ours.llm_model(inputs_embeds=both.ours.embed(batch), position_ids=batch.position_ids).logits
-    loss = both.ours(labelled)
+    loss = NextToken().loss(both.ours.scorer(), both.ours(labelled), labelled)
     (loss.loss_sum / loss.count).backward()
     out.loss.backward()
     assert distance(out.logits[mask], logits[mask]) < EXACT
@@ -205,7 +204,7 @@ def test_answers_without_a_picture(both):
 
 
 def test_answers_end_at_the_template_s_stops(both):
-    stops = list(both.task.template.stop_token_ids)
+    stops = list(both.texts.template.stop_token_ids)
     assert both.stock.generation_config.eos_token_id == stops
     assert both.stock.language_model.generation_config.eos_token_id == stops
 
@@ -217,7 +216,7 @@ def test_prompts_have_the_same_ids(both):
     assert not both.export.differences
     plain = [{"type": "text", "text": "No <image>, no <ImageHere>."}]
     for messages in (*PROBES, ask("图里有什么？"), ask("Which?", images=3), [{"role": "user", "content": plain}]):
-        ours = both.task.template.encode_prompt(conversation(_each_part(messages, path="a.png"))).input_ids
+        ours = both.texts.template.encode_prompt(conversation(_each_part(messages, path="a.png"))).input_ids
         assert stock_ids(both.processor, messages) == list(ours)
 
 
@@ -352,7 +351,7 @@ def test_adapters_are_merged(tmp_path, files):
     pair = Both(random_run(tmp_path, "qwen2", get_lora=True), tmp_path / "hf")
     tensors = pair.trained.checkpoint.tensors()
     assert sum(".lora_B" in name for name in tensors) == 14
-    adapted = MiniGPT4Qwen.from_config(pair.trained.model, pair.task.tokenizer).eval()
+    adapted = MiniGPT4Qwen.from_config(pair.trained.model, pair.texts.tokenizer).eval()
     adapted.load_state_dict(tensors, strict=False)
     batch = pair.batch([ask("What is this?")], files[:1])
     with torch.no_grad():
@@ -375,7 +374,7 @@ def test_a_placeholder_without_a_row(tmp_path, files):
         stock = pair.stock(batch.pixel_values, batch.input_ids).logits
     rows = ours.shape[-1]
     assert distance(stock[..., :rows], ours) < EXACT and torch.equal(
-        stock[..., -1], stock[..., pair.task.template.pad_token_id]
+        stock[..., -1], stock[..., pair.texts.template.pad_token_id]
     )
     ours, stock = pair.answers([ask("What is this?")], files[:1])
     assert ours == stock

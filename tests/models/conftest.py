@@ -6,11 +6,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavis.config.compat import translate
 from lavis.config.typed import read_dataclass
+from lavis.core.dist import World
 from lavis.core.registries import MODEL_CONFIGS
 from lavis.core.types import IGNORE_INDEX, Batch
 from lavis.models.initial import load_initial
 from lavis.models.parts import Init
 from lavis.models.vlm import Vlm
+from lavis.objectives.learner import Learner
+from lavis.objectives.sft import NextToken
 
 IMAGE_ID, VOCAB = 299, 300
 
@@ -68,6 +71,11 @@ def small_model(**changes):
     model = Vlm(config, small_llm(), IMAGE_ID)
     model.add_adapters()
     return randomize(model).train()
+
+
+def loss_of(model, batch):
+    """The summed next-token loss of `model` on `batch`."""
+    return Learner(model, NextToken(), World(0, 0, 1, torch.device("cpu")))(batch).loss_sum
 
 
 def batch_of(lengths, images, seed=0):

@@ -11,7 +11,7 @@ import torch
 from lavis.core.errors import CheckpointError
 from lavis.models.llm import load_llm
 from lavis.models.vlm import Vlm
-from tests.models.conftest import IMAGE_ID, batch_of, randomize, small_llm, small_model
+from tests.models.conftest import IMAGE_ID, batch_of, loss_of, randomize, small_llm, small_model
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -78,9 +78,9 @@ def test_a_quantised_llm_trains_the_projection(tmp_path: Path, kind: str) -> Non
         model = Vlm(source.config, llm, IMAGE_ID)
         rest = {k: v for k, v in source.state_dict().items() if not k.startswith("llm_model.")}
         model.load_state_dict(rest, strict=False)
-        out = model.train()(batch)
-        out.loss_sum.backward()
-        losses.append(out.loss_sum.item())
+        loss = loss_of(model.train(), batch)
+        loss.backward()
+        losses.append(loss.item())
         gradients.append(model.connector.llm_proj.weight.grad.flatten())
     assert losses[0] != losses[1]  # it is quantised
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
@@ -90,10 +90,10 @@ def test_a_quantised_llm_trains_the_projection(tmp_path: Path, kind: str) -> Non
 def test_a_placeholder_needs_no_row_in_the_embedding() -> None:
     model, batch = small_model(), batch_of([20, 15], [1, 2])
     with torch.no_grad():
-        first = model(batch).loss_sum
+        first = loss_of(model, batch)
         batch.input_ids[batch.input_ids == IMAGE_ID] = 10_000
         model.image_token_id = 10_000
-        assert torch.equal(model(batch).loss_sum, first)
+        assert torch.equal(loss_of(model, batch), first)
 
 
 def test_a_placed_llm_stays_where_it_is() -> None:

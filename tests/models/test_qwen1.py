@@ -12,7 +12,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from lavis.core.errors import CheckpointError, ConfigError, DataError
-from lavis.models.llm import check_context, generate, load_llm
+from lavis.core.types import Batch
+from lavis.generation.decoding import LocalDecoder
+from lavis.generation.settings import GenerationSettings
+from lavis.generation.whole import generate_whole
+from lavis.models.configs import VlmConfig
+from lavis.models.llm import check_context, load_llm
 from lavis.models.vlm import Vlm
 from lavis.weights.qwen1 import open_qwen1
 from lavis.weights.shards import Shards
@@ -224,9 +229,14 @@ def test_contexts_beyond_seq_length_are_refused(tmp_path, weights):
     with pytest.raises(ConfigError, match="model.max_length is 65, but the LLM reads at most 64"):
         check_context(model, 65)
     prompt = torch.randn(1, 60, 48)
-    assert len(generate(model, prompt, [60], [512], 0, max_new_tokens=30, do_sample=False)[0]) == 4
+    settings = GenerationSettings(max_new_tokens=30)
+    assert len(generate_whole(model, prompt, [60], [512], 0, settings)[0]) == 4
     with pytest.raises(DataError, match="a prompt of 64 tokens leaves no room"):
-        generate(model, torch.randn(1, 64, 48), [64], [511], 0)
+        generate_whole(model, torch.randn(1, 64, 48), [64], [511], 0, settings)
+    decoder, ids = LocalDecoder(Vlm(VlmConfig(), model)), torch.ones(1, 64, dtype=torch.long)
+    assert len(decoder.generate(Batch(ids, ids, ids, lengths=(60,)), [512], 0, settings)[0]) == 4
+    with pytest.raises(DataError, match="a prompt of 64 tokens leaves no room"):
+        LocalDecoder(Vlm(VlmConfig(), model)).generate(Batch(ids, ids, ids, lengths=(64,)), [511], 0, settings)
 
 
 def test_a_recipe_sees_through_it(tmp_path, weights):
@@ -237,7 +247,7 @@ def test_a_recipe_sees_through_it(tmp_path, weights):
     assert model.image_token_id == end + 1
     batch = batch_of([20], [1])
     batch.input_ids[batch.input_ids == IMAGE_ID] = model.image_token_id
-    assert len(model.generate(batch, [end], 0, max_new_tokens=5, do_sample=False)[0]) <= 5
+    assert len(LocalDecoder(model).generate(batch, [end], 0, GenerationSettings(max_new_tokens=5))[0]) <= 5
     with pytest.raises(ConfigError, match="model.max_length is 65, but the LLM reads at most 64"):
         Vlm.from_config(model_config(**settings, max_txt_len=65))
 

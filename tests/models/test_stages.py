@@ -11,7 +11,8 @@ from lavis.models.llm import load_llm
 from lavis.models.parts import Init, LlmConfig, LoraSettings
 from lavis.models.stages import SPLITTABLE, Part, Stage, cut, llm_part, load_part, open_llm
 from lavis.models.vlm import Vlm
-from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, model_config, small_model, tower_settings
+from lavis.objectives.sft import NextToken
+from tests.models.conftest import IMAGE_ID, VOCAB, batch_of, loss_of, model_config, small_model, tower_settings
 
 DIMENSIONS = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -80,7 +81,8 @@ def test_the_stages_of_a_model_that_sees_give_its_loss(tmp_path):
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("llm_model.")}
     built[0].front.load_state_dict(own, strict=False)
     hidden = built[1](built[0]((batch.input_ids, batch.position_ids, batch.pixel_values)))
-    torch.testing.assert_close(built[1].loss(hidden, batch.labels), model(batch).loss_sum, rtol=1e-6, atol=0)
+    loss = NextToken().loss(built[1].scorer(), hidden, batch).loss_sum
+    torch.testing.assert_close(loss, loss_of(model, batch), rtol=1e-6, atol=0)
     assert [name for name, p in built[0].whole_names() if p.requires_grad] == ["llm_proj.weight", "llm_proj.bias"]
     assert built[1].anchor.requires_grad and [name for name, p in built[1].whole_names() if p.requires_grad] == []
 

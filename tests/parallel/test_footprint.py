@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from lavis.models.llm import cross_entropy_sum
+from lavis.models.scoring import Scorer
 from lavis.models.stages import Part, Stage
 from lavis.models.vlm import Vlm
 from lavis.parallel.footprint import CostMode, Footprints, MicroBatch, Precision
@@ -57,7 +57,7 @@ def counted(config, precision, batch):
             hidden = stage((ids, positions, images))
             held = costs.now
             chosen = torch.arange(BATCH.supervised)
-            loss = cross_entropy_sum(stage.llm, hidden.flatten(0, 1).index_select(0, chosen), chosen)
+            loss = Scorer(stage.llm).cross_entropy(hidden.flatten(0, 1).index_select(0, chosen), chosen)
             del hidden
         forward = costs.flops
         loss.backward()

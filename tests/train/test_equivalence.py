@@ -130,13 +130,16 @@ def test_packed_rows_equal_the_same_samples_padded(cache, tmp_path):
 def padded_loss(recipe, samples):
     from lavis.data.image import EvalImage
     from lavis.data.loader import ImageFolder, collate
-    from lavis.objectives.image_text import ImageTextPretrain
+    from lavis.data.texts import Texts
+    from lavis.objectives.sft import NextToken
+    from lavis.parallel.strategy import whole_model
 
     torch.manual_seed(42)
-    task = ImageTextPretrain(recipe)
-    model = task.build_model(torch.device("cpu"))
+    texts = Texts.of(recipe)
+    model = whole_model(recipe, texts.tokenizer, torch.device("cpu"))
     images = ImageFolder(EvalImage.from_config(recipe.datasets["shapes_instruction"].vis_processor.train))
     pixels, _ = images.load([p for s in samples for p in s.images], 0)
-    batch = collate([[s] for s in samples], pixels, task.template.pad_token_id, None)
+    batch = collate([[s] for s in samples], pixels, texts.template.pad_token_id, None)
     with torch.no_grad():
-        return (model(batch).loss_sum / batch.num_tokens).item()
+        out = NextToken().loss(model.scorer(), model(batch), batch)
+    return (out.loss_sum / out.count).item()

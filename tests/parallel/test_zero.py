@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lavis.config.schema import RunConfig
-from lavis.parallel.zero import Linear, engine_config
+from lavis.parallel.zero import engine_config
+from lavis.parallel.zero_engine import Linear
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -27,8 +27,9 @@ from lavis.generation.engine import Engine
 from lavis.generation.model import ChatModel, user_message
 from lavis.generation.sampling import Chooser
 from lavis.generation.settings import GenerationSettings
+from lavis.generation.whole import generate_whole
 from lavis.models.configs import VlmConfig
-from lavis.models.llm import generate, load_llm
+from lavis.models.llm import load_llm
 from lavis.models.vlm import Vlm
 from tests.serve.conftest import is_idle
 
@@ -82,10 +83,9 @@ def test_greedy_and_beams_are_transformers_own(engine, pictures):
         prompt = prompt_of(chat, QUESTIONS[0], pictures[0])
         embeds = chat.embed(prompt.ids, [chat.model.encode_images(chat.pixels(pictures[0]))[0]])
         stops, pad = chat.template.stop_token_ids, chat.template.pad_token_id
-        (expected,) = generate(
-            chat.llm, embeds, [len(prompt)], stops, pad, max_new_tokens=20, do_sample=False, num_beams=beams
-        )
-        answer = engine.submit(prompt, GenerationSettings(max_new_tokens=20, num_beams=beams))
+        settings = GenerationSettings(max_new_tokens=20, num_beams=beams)
+        (expected,) = generate_whole(chat.llm, embeds, [len(prompt)], stops, pad, settings)
+        answer = engine.submit(prompt, settings)
         assert list(answer) == expected
         assert answer.finish_reason == "stop"
 
@@ -144,9 +144,7 @@ def test_other_llms_over_turns_and_together(name, chat):
     answers = [engine.submit(p, settings) for p in prompts]
     for prompt, answer in zip(prompts, answers, strict=True):
         embeds = text.embed(prompt.ids, [])
-        (expected,) = generate(
-            llm, embeds, [len(prompt)], text.template.stop_token_ids, 0, max_new_tokens=12, do_sample=False
-        )
+        (expected,) = generate_whole(llm, embeds, [len(prompt)], text.template.stop_token_ids, 0, settings)
         assert list(answer) == expected
     engine.close()
 

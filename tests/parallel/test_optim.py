@@ -4,7 +4,7 @@ from torch import nn
 
 from lavis.config.schema import RunConfig
 from lavis.core.errors import CheckpointError, ConfigError
-from lavis.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from lavis.parallel.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from tests.models.conftest import small_model
 
 

@@ -54,7 +54,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """The optimiser's state as `<slot>.<parameter name>` tensors, independent of group order."""
-    names = {p: name for name, p in trainable_parameters(model).items()}
+    names: dict[torch.Tensor, str] = {p: name for name, p in trainable_parameters(model).items()}
     return {
         f"{slot}.{names[p]}": value if value.ndim else value.reshape(1)
         for p, slots in optimizer.state.items()

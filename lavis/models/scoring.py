@@ -1,0 +1,89 @@
+"""What an LLM's head says of hidden states, at the positions an objective asks for and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+
+LOGITS_CHUNK_BYTES = 128 << 20
+"""Above this many bytes of fp32 logits they are made in chunks, which are recomputed in backward."""
+
+_Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _as_many(calls: int) -> int:
+    return calls
+
+
+class Scorer:
+    """The head of `llm` on hidden states [n, D] behind the final norm: the same for a whole model and a last stage.
+
+    calls: given how many chunks this rank's positions make, how many times the head is called. Ranks that each hold a
+    part of its weights (ZeRO-3) have to call it equally often, and agree on the most.
+    """
+
+    def __init__(self, llm: PreTrainedModel, calls: Callable[[int], int] | None = None) -> None:
+        self._head, self._calls = llm.get_output_embeddings(), calls or _as_many
+        config = llm.config.get_text_config()
+        self._scale, self._softcap = logits_scale(config), logits_softcap(config)
+
+    @property
+    def rows(self) -> int:
+        """How many positions' logits are made at a time."""
+        return max(1, LOGITS_CHUNK_BYTES // (4 * self._head.out_features))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in fp32, [n, V], as the LLM's own forward gives them. Not chunked: for few positions."""
+        logits = self._head(hidden).float()
+        if self._scale != 1:
+            logits = logits * self._scale
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy against `targets` int64 [n], summed, an fp32 scalar."""
+        sums = self._in_chunks(self._summed, hidden, targets)
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each of `targets` int64 [n], fp32 [n]."""
+        return torch.cat(self._in_chunks(self._logprobs, hidden, targets))
+
+    def _in_chunks(self, score: _Score, hidden: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+        calls = self._calls(max(1, math.ceil(len(targets) / self.rows)))
+        if calls == 1:
+            return [score(hidden, targets)]
+        pieces = zip(hidden.tensor_split(calls), targets.tensor_split(calls), strict=True)
+        return [checkpoint(score, h, t, use_reentrant=False) for h, t in pieces]
+
+    def _summed(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.logits(hidden), targets, reduction="sum")
+
+    def _logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+
+# transformers writes what happens behind the head into each architecture's forward; only some configurations have
+# these keys, and there is no common name. The lists were read off the classes ...ForCausalLM of transformers 5.23.
+
+
+def logits_scale(config: PreTrainedConfig) -> float:
+    """The factor that an architecture puts on its logits, before any softcap."""
+    scale = 1.0
+    for key in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        scale *= getattr(config, key, None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+    return scale * scaling if config.model_type == "hyperclovax" else scale / scaling
+
+
+def logits_softcap(config: PreTrainedConfig) -> float | None:
+    """The bound that logits are squeezed under by a tanh, None for none."""
+    keys = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+    return next((value for key in keys if (value := getattr(config, key, None))), None)

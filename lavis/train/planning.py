@@ -1,0 +1,71 @@
+"""What a run needs on the hardware it is on, for its own longest rows, and what is decided from that."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lavis.config.recipe import Recipe
+from lavis.data.assemble import prepare_split
+from lavis.data.prepare import PreparedTable
+from lavis.data.texts import Texts
+from lavis.parallel.plan import Machine, Planner
+from lavis.parallel.strategy import Ranks, Strategy
+from lavis.train.data import accumulation
+
+log = logging.getLogger(__name__)
+
+
+def run_planner(recipe: Recipe, tables: Sequence[PreparedTable], ranks: Ranks) -> Planner:
+    """Plans of a run on this rank's hardware, for the longest row of its training `tables`."""
+    run = recipe.run
+    lengths, supervised, images = (
+        np.concatenate([getattr(t, name) for t in tables]) for name in ("lengths", "num_tokens", "num_images")
+    )
+    if run.packing:
+        filled = run.pack_length / lengths.sum()
+        row = {
+            "tokens": run.pack_length,
+            "images": math.ceil(filled * images.sum()),
+            "supervised": math.ceil(filled * supervised.sum()),
+        }
+    else:
+        row = {"tokens": int(lengths.max()), "images": int(images.max()), "supervised": int(supervised.max())}
+    samples = run.batch_size_train * accumulation(run, ranks.data.size) * ranks.data.size
+    return Planner(recipe, Machine.this(ranks.world.device), samples=samples, **row)
+
+
+def settle_recomputation(recipe: Recipe, texts: Texts, strategy: type[Strategy], ranks: Ranks) -> Recipe:
+    """`recipe` with model.llm.recompute=auto decided: recomputing, where a GPU has no room without.
+
+    Before anything is built of it, so that nothing has the undecided one.
+    """
+    model: Any = recipe.model
+    world = ranks.world
+    if model.recomputes != "auto":
+        return recipe
+    needed = False
+    if world.device.type == "cuda" and not recipe.run.evaluate:
+        with world.local_main_first():
+            tables = [t for split in recipe.run.train_splits for t in prepare_split(recipe, split, texts.tokenizer)]
+        needed = world.broadcast(_needs_it(recipe, tables, strategy, ranks) if world.is_main else None)
+    return replace(recipe, model=model.with_recomputation(needed))
+
+
+def _needs_it(recipe: Recipe, tables: Sequence[PreparedTable], strategy: type[Strategy], ranks: Ranks) -> bool:
+    planner = run_planner(recipe, tables, ranks)
+    layout = strategy.layout(recipe.run, ranks.world)
+    plan = planner.plan(layout, blocks=recipe.run.stage_blocks or None, recompute=False)
+    if plan.fits(planner.machine):
+        return False
+    log.info(
+        "a rank would need %.1f of %.1f GiB: activations of the LLM are recomputed (model.llm.recompute=auto)",
+        plan.peak / 2**30,
+        planner.machine.memory / 2**30,
+    )
+    return True

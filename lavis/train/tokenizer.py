@@ -1,0 +1,39 @@
+"""Training without steps: a tokenizer is learned in one go from the training splits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from lavis.config.recipe import Recipe
+from lavis.core.errors import ConfigError
+from lavis.core.paths import cache_root
+from lavis.core.registries import DATASETS
+from lavis.runs.folder import SUMMARY, open_run_folder
+from lavis.tokens.training import TokenizerTraining
+
+log = logging.getLogger(__name__)
+
+
+def train_tokenizer(recipe: Recipe) -> dict[str, Any]:
+    """Learn the recipe's tokenizer and write it to run.export (under the cache folder); returns the summary that is
+    also written to summary.json.
+    """
+    if not recipe.run.export:
+        raise ConfigError("run.export is empty: name the folder (under cache/) that the tokenizer is written to.")
+    started = time.perf_counter()
+    folder = open_run_folder(recipe).path
+    (folder / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    training = TokenizerTraining(recipe)
+    builders = [DATASETS.get(name)(name, config) for name, config in recipe.datasets.items()]
+    splits = recipe.run.train_splits
+    tokenizer = training.fit(c for b in builders for split in splits for c in b.conversations(split))
+    written = [str(p) for p in training.export(tokenizer, cache_root() / Path(recipe.run.export))]
+    seconds = round(time.perf_counter() - started, 2)
+    summary = {"vocab_size": len(tokenizer), "seconds": seconds, "written": written}
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    log.info("tokenizer of %d tokens in %.1f s: %s", len(tokenizer), seconds, written[0])
+    return summary
