@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lavis.config.recipe import load_dataset_config, load_model_config, load_preprocess_config, model_types
 from lavis.config.schema import PreprocessConfig
-from lavis.core.registries import DATASETS, MODELS
 from lavis.core.paths import CONFIGS_ROOT
+from lavis.core.registries import DATASETS, MODELS
 from lavis.models.parts import Init
 
 if TYPE_CHECKING:

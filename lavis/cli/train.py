@@ -14,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train over a pipeline of N stages: short for --options run.runner=pipeline_runner run.num_stages=N",
     )
-    parser.add_argument(
-        "--llm-grad-ckpt", action="store_true", help="short for --options model.llm.recompute=true"
-    )
+    parser.add_argument("--llm-grad-ckpt", action="store_true", help="short for --options model.llm.recompute=true")
     parser.add_argument("--use-deepspeed", action="store_true", help="short for --options run.runner=deepspeed_runner")
 
 

@@ -245,7 +245,9 @@ def _preset_file(preset: str, written: tuple[str, str] = ("model.preset", "")) -
     known = model_types(folder)
     if not known:
         folders = sorted(p.name for p in (CONFIGS_ROOT / "models").iterdir() if p.is_dir())
-        raise ConfigError(f"{start}unknown model {folder or preset!r}.{did_you_mean(folder or preset, folders)} Known: {', '.join(folders)}.")
+        raise ConfigError(
+            f"{start}unknown model {folder or preset!r}.{did_you_mean(folder or preset, folders)} Known: {', '.join(folders)}."
+        )
     raise ConfigError(f"{start}{folder} has no type {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 

@@ -69,9 +69,7 @@ def _feature_cache(recipe: Recipe) -> Iterator[str]:
         yield "run.cache_features needs a model that sees and answers: set it to false."
         return
     if changing := ", ".join(model.changing()):
-        yield (
-            f"run.cache_features needs a frozen image encoder; yours is trained ({changing}): set it to false."
-        )
+        yield (f"run.cache_features needs a frozen image encoder; yours is trained ({changing}): set it to false.")
     for name, dataset in recipe.datasets.items():
         processor = dataset.vis_processor.train.name
         if (

@@ -57,9 +57,7 @@ class Blip2Exporter(Exporter):
         return export_hf(trained, target, precision=precision, max_shard_size=max_shard_size)
 
 
-def export_hf(
-    trained: Trained, folder: Path, *, precision: Precision = "auto", max_shard_size: str = "5GB"
-) -> Written:
+def export_hf(trained: Trained, folder: Path, *, precision: Precision = "auto", max_shard_size: str = "5GB") -> Written:
     """Write what Blip2Exporter says to `folder`; weights in files of at most `max_shard_size`.
 
     Raises ConfigError when the folder is not empty, CheckpointError when the run's frozen weights have changed since.

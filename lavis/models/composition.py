@@ -1,8 +1,8 @@
 """Models put together from parts, whose tensors go by the names they had before there were parts.
 
-    visual_encoder.<name in Tower.model>      a tower's
-    <name in the connector>                   a connector's
-    llm_model.<name>                          the LLM's
+visual_encoder.<name in Tower.model>      a tower's
+<name in the connector>                   a connector's
+llm_model.<name>                          the LLM's
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ class QFormerLinearConfig(ConnectorConfig):
 
     name: str = opt("qformer_linear", "name of the connector")
     weights: Optional[str] = opt(
-        None, "weight file of Q-Former, queries and ln_vision (BLIP-2's own, or this program's); null starts from nothing"
+        None,
+        "weight file of Q-Former, queries and ln_vision (BLIP-2's own, or this program's); null starts from nothing",
     )
     train: str = opt("full", "what is trained of the linear layer", choices=("frozen", "full"))
     num_query_token: int = opt(32, "vectors an image becomes", at_least=1)

@@ -32,7 +32,9 @@ class Init:
     def read(cls, values: Any, key: str) -> tuple[Init | None, list[str]]:
         """An entry of a recipe's `init`, and what is wrong with it."""
         if not isinstance(values, Mapping) or not isinstance(values.get("from"), str):
-            return None, [f"{key} is {values!r}: give a mapping with `from` (a run, a checkpoint or a file) and `parts`."]
+            return None, [
+                f"{key} is {values!r}: give a mapping with `from` (a run, a checkpoint or a file) and `parts`."
+            ]
         parts = values.get("parts") or []
         parts = [parts] if isinstance(parts, str) else list(parts)
         problems = [f"{key}.{name}: unknown key; known: from, parts." for name in values.keys() - {"from", "parts"}]

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lavis.config.compat import translate
 from lavis.config.recipe import load_model_config
@@ -60,9 +60,7 @@ def save_model(model: Vlm, folder: str | Path, max_shard_size: int | str) -> Non
     save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
-def load_model(
-    cls: type[Vlm], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None
-) -> Vlm:
+def load_model(cls: type[Vlm], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None) -> Vlm:
     """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in
     `llm_dtype` if one is given.
 
@@ -92,7 +90,10 @@ def load_model(
 
 def _without_files(config: VlmConfig) -> VlmConfig:
     """`config` of a model that brings its weights itself; the LLM's name stays, for its tokenizer."""
-    parts = {name: part and replace(part, weights=None) for name, part in (("tower", config.tower), ("connector", config.connector))}
+    parts = {
+        name: part and replace(part, weights=None)
+        for name, part in (("tower", config.tower), ("connector", config.connector))
+    }
     return replace(config, **parts, llm=replace(config.llm, device_map=None), released=None)
 
 

@@ -124,9 +124,7 @@ def llm_part(config: PreTrainedConfig, part: Part, dtype: torch.dtype) -> PreTra
     return llm.eval()
 
 
-def load_part(
-    llm: PreTrainedModel, part: Part, tensors: Mapping[str, Any], name: str, device: torch.device
-) -> None:
+def load_part(llm: PreTrainedModel, part: Part, tensors: Mapping[str, Any], name: str, device: torch.device) -> None:
     """Give the meta parameters of `llm` their values, one tensor after another, on `device`.
 
     Raises CheckpointError naming what is missing.
@@ -175,7 +173,7 @@ class Stage(nn.Module):
         else:
             self.llm_model = llm.requires_grad_(config.llm.train == "full")
             if config.llm.train == "lora":
-                add_lora(llm, config.llm.lora)
+                add_lora(llm, config.llm.lora, lambda name: part.whole_name(f"llm_model.{name}"))
             if config.llm.recomputes:
                 recompute_activations(llm)
             filled = {name for name, _ in self.whole_names()}

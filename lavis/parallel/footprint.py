@@ -151,7 +151,9 @@ class Footprints:
         # which stage it is shows in nothing but whether it is the first or the last
         part = Part(0 if first else 1, (1 if first else 2) + (not last), 0, blocks)
         with torch.random.fork_rng(devices=[]):  # a run that is planned goes on as if it were not
-            stage = _build(_bare(self._config, tower_depth), _deep_enough(self._llm_config, blocks), part, self._precision)
+            stage = _build(
+                _bare(self._config, tower_depth), _deep_enough(self._llm_config, blocks), part, self._precision
+            )
             if not self.batch.packed and stage.llm.config._attn_implementation == "sdpa":
                 stage.llm.set_attn_implementation(_UNMASKED)
             with FakeTensorMode(), warnings.catch_warnings():

@@ -92,9 +92,7 @@ def _of_run(where: Path, device: torch.device, dtype: torch.dtype, device_map: s
 
 
 def _for_chat(config: VlmConfig, device_map: str | None) -> VlmConfig:
-    return replace(
-        config, llm=replace(config.llm, device_map=device_map or config.llm.device_map, recompute=False)
-    )
+    return replace(config, llm=replace(config.llm, device_map=device_map or config.llm.device_map, recompute=False))
 
 
 def _build(

@@ -148,8 +148,7 @@ class RunnerBase:
             return False
         room = planner.machine.memory / 2**30
         log.info(
-            "a rank would need %.1f of %.1f GiB: activations of the LLM are recomputed"
-            " (model.llm.recompute=auto)",
+            "a rank would need %.1f of %.1f GiB: activations of the LLM are recomputed (model.llm.recompute=auto)",
             plan.peak / 2**30,
             room,
         )

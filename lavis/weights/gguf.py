@@ -33,7 +33,9 @@ def gguf_arguments(name: str) -> dict[str, str]:
 
 def _assemble(file: Path) -> None:
     if file.name not in PACKAGED:
-        raise CheckpointError(f"the GGUF file {file} does not exist: put it there, or set model.llm.weights to its path.")
+        raise CheckpointError(
+            f"the GGUF file {file} does not exist: put it there, or set model.llm.weights to its path."
+        )
     package = _require(PACKAGED[file.name], file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:

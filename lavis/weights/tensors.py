@@ -20,6 +20,7 @@ from lavis.core.paths import resolve
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class LoadReport:
     """What became of the tensors of a weight file, by name. Whatever is missing or unexpected is an error instead."""

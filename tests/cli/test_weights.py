@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import lavis
-
 from lavis.cli import main
 from lavis.config.recipe import load_model_config
 from lavis.core.errors import DownloadError

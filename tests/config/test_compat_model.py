@@ -94,7 +94,11 @@ def test_architectures_are_compositions_now() -> None:
         "qformer_linear",
     )
     text = model_of({"arch": "causal_lm", "llm_config": {"model_type": "llama"}, "tokenizer": "t"})
-    assert text["arch"] == "vlm" and text["llm"] == {"train": "full", "config": {"model_type": "llama"}, "tokenizer": "t"}
+    assert text["arch"] == "vlm" and text["llm"] == {
+        "train": "full",
+        "config": {"model_type": "llama"},
+        "tokenizer": "t",
+    }
     assert "tower" not in text
     stage1 = model_of({"arch": "blip2_qformer", "tokenizer": "t", "freeze_vit": False})
     assert (stage1["arch"], stage1["text_tokenizer"], stage1["tower"]) == ("blip2_qformer", "t", {"train": "full"})

@@ -16,7 +16,11 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     "instruction_tuning/train": {"run.accum_grad_iters": 16},
     "instruction_tuning/train_3090x4": {"run.accum_grad_iters": 32},
     **{name: {"run.batch_size_train": 2, "run.accum_grad_iters": 16} for name in ZERO},
-    "pp_qwen14b/train_pp": {"run.accum_grad_iters": 128, "run.max_epoch": 20, "model.preset": "minigpt4qwen/qwen14b_chat"},
+    "pp_qwen14b/train_pp": {
+        "run.accum_grad_iters": 128,
+        "run.max_epoch": 20,
+        "model.preset": "minigpt4qwen/qwen14b_chat",
+    },
 }
 COMMON = {
     "model.preset": "minigpt4qwen/qwen7b_chat",

@@ -309,7 +309,9 @@ def test_stock_s_own_folder_opens_here(both, tmp_path):
     ours = MiniGPT4Qwen.from_pretrained(tmp_path)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert distance(ours.connector.llm_proj(ours.encode_images(x)), stock.get_image_features(x).pooler_output) < EXACT
+        assert (
+            distance(ours.connector.llm_proj(ours.encode_images(x)), stock.get_image_features(x).pooler_output) < EXACT
+        )
 
 
 def test_an_export_that_was_opened_here_is_saved_and_opened_again(both, tmp_path):

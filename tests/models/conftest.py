@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lavis.core.types import IGNORE_INDEX, Batch
 from lavis.config.compat import translate
 from lavis.config.typed import read_dataclass
 from lavis.core.registries import MODEL_CONFIGS
+from lavis.core.types import IGNORE_INDEX, Batch
 from lavis.models.initial import load_initial
 from lavis.models.parts import Init
 from lavis.models.vlm import Vlm
@@ -36,7 +36,9 @@ def model_config(arch="minigpt4qwen", **settings):
 
 def start_from(model, file):
     """Load the trained parts in `file`; what is frozen is taken to be there already."""
-    frozen = {name for name, _ in model.state_dict().items()} - {n for n, p in model.named_parameters() if p.requires_grad}
+    frozen = {name for name, _ in model.state_dict().items()} - {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
     return load_initial(model.state_dict(), Init(str(file)), model.visual_encoder, frozen)
 
 

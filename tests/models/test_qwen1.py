@@ -16,7 +16,7 @@ from lavis.models.llm import check_context, generate, load_llm
 from lavis.models.vlm import Vlm
 from lavis.weights.qwen1 import open_qwen1
 from lavis.weights.shards import Shards
-from tests.models.conftest import IMAGE_ID, batch_of, model_config, tower_settings, start_from
+from tests.models.conftest import IMAGE_ID, batch_of, model_config, start_from, tower_settings
 from tests.models.qwen1_reference import (
     CONFIG,
     FOURTEEN_B,
@@ -250,9 +250,7 @@ def test_four_bit_weights_are_made_while_reading(tmp_path, weights):
 
 
 def test_the_originals_full_dict_fills_the_language_model(tmp_path, weights):
-    model = Vlm(
-        model_config(**tower_settings()), load_llm(str(write_folder(tmp_path, random_weights(seed=1)))), 299
-    )
+    model = Vlm(model_config(**tower_settings()), load_llm(str(write_folder(tmp_path, random_weights(seed=1)))), 299)
     full = {f"llm_model.{name}": tensor for name, tensor in weights.items()}
     full |= {
         "llm_proj.weight": torch.randn(48, 40),

@@ -48,7 +48,9 @@ def test_a_state_is_loaded_by_these_names_also_inside_another_module(name):
     inside = around.state_dict()
     assert {key for key in inside if key.startswith("model.")} == {f"model.{key}" for key in state}
     assert not any(around.load_state_dict(inside))
-    lacking = {key: tensor for key, tensor in state.items() if not key.endswith("mlp.fc1.bias")} | {"odd": torch.ones(1)}
+    lacking = {key: tensor for key, tensor in state.items() if not key.endswith("mlp.fc1.bias")} | {
+        "odd": torch.ones(1)
+    }
     keys = model.load_state_dict(lacking, strict=False)
     assert set(keys.missing_keys) == state.keys() - lacking.keys() and keys.unexpected_keys == ["odd"]
 

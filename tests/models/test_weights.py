@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from lavis.core.errors import CheckpointError
-from lavis.models.vlm import Vlm
 from lavis.models.initial import load_weights
+from lavis.models.vlm import Vlm
 from lavis.weights.tensors import read_tensors
-from tests.models.conftest import IMAGE_ID, model_config, small_llm, small_model, tower_settings, start_from
+from tests.models.conftest import IMAGE_ID, model_config, small_llm, small_model, start_from, tower_settings
 
 
 def original_names(model):

@@ -7,8 +7,8 @@ import torch
 from transformers import Qwen2Config
 
 from lavis.models.llm import cross_entropy_sum
-from lavis.models.vlm import Vlm
 from lavis.models.stages import Part, Stage
+from lavis.models.vlm import Vlm
 from lavis.parallel.footprint import CostMode, Footprints, MicroBatch, Precision
 from tests.models.conftest import IMAGE_ID, VOCAB, model_config, tower_settings
 

@@ -166,7 +166,9 @@ def test_layers_on_several_devices(chat, pictures, tmp_path):
     assert {p.device.type for p in llm.parameters()} == {"cpu", "meta"}
     spread = Vlm(VlmConfig(), llm)
     engine = Engine(ChatModel("spread", spread, chat.tokenizer, 0, chat.processor, torch.device("cpu")))
-    whole = Engine(ChatModel("whole", Vlm(VlmConfig(), chat.llm), chat.tokenizer, 0, chat.processor, torch.device("cpu")))
+    whole = Engine(
+        ChatModel("whole", Vlm(VlmConfig(), chat.llm), chat.tokenizer, 0, chat.processor, torch.device("cpu"))
+    )
     prompts = [prompt_of(engine.chat, q) for q in QUESTIONS]
     assert [list(engine.submit(p)) for p in prompts] == [list(whole.submit(p)) for p in prompts]
     engine.close()
@@ -254,7 +256,9 @@ def test_cancelled_questions_give_their_places_back(chat):
 
 
 def test_closing_ends_an_answer_that_transformers_makes(chat):
-    text = ChatModel("mamba", Vlm(VlmConfig(), llm_of("mamba").eval()), chat.tokenizer, 0, chat.processor, torch.device("cpu"))
+    text = ChatModel(
+        "mamba", Vlm(VlmConfig(), llm_of("mamba").eval()), chat.tokenizer, 0, chat.processor, torch.device("cpu")
+    )
     vars(text)["stop_token_ids"] = frozenset([1099])
     engine = Engine(text)
     answer = engine.submit(prompt_of(text, "tell me"), GenerationSettings(max_new_tokens=30_000))

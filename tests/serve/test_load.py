@@ -23,7 +23,6 @@ from lavis.serve.session import ChatSession
 from lavis.weights.tensors import write_tensors
 from tests.export.exports import random_run
 
-
 VIT = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_std", "pos_init_std")
 
 
@@ -141,7 +140,11 @@ def test_the_processor_has_the_image_size_of_the_model(tmp_path, pictures):
     with pytest.raises(CheckpointError, match="missing: Qformer"):
         load_chat(checkpoint=file, model_type="qwen7b_chat", options=options)
     whole = build_random(options)
-    write_tensors({k: v for k, v in whole.state_dict().items() if "llm_model" not in k}, tmp_path / "all.safetensors", torch.float32)
+    write_tensors(
+        {k: v for k, v in whole.state_dict().items() if "llm_model" not in k},
+        tmp_path / "all.safetensors",
+        torch.float32,
+    )
     chat = load_chat(checkpoint=tmp_path / "all.safetensors", model_type="qwen7b_chat", options=options)
     assert chat.processor.image_size == 56 and chat.pixels(pictures[0]).shape == (1, 3, 56, 56)
     engine = Engine(chat)
@@ -179,7 +182,9 @@ def test_a_text_run_with_adapters_and_its_exports(tmp_path):
         PeftModel.from_pretrained(load_llm("shapes/llm_b"), tmp_path / "peft"),
     ):
         torch.testing.assert_close(llm(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    of_type = load_chat(checkpoint=tmp_path / "peft", model_type="causal_lm/default", options=["llm.weights=shapes/llm_b"])
+    of_type = load_chat(
+        checkpoint=tmp_path / "peft", model_type="causal_lm/default", options=["llm.weights=shapes/llm_b"]
+    )
     torch.testing.assert_close(of_type.llm(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -175,14 +175,13 @@ def test_a_client_that_goes_away_ends_its_answer(stream, chat):
     while not server.started:
         time.sleep(0.05)
     port = server.servers[0].sockets[0].getsockname()[1]
-    with pytest.raises(httpx.ReadTimeout):
-        with httpx.stream(
-            "POST",
-            f"http://127.0.0.1:{port}{CHAT}",
-            json={"messages": [user("hi")], "max_tokens": 900, "stream": stream},
-            timeout=0.7 if not stream else 0.03,
-        ) as response:
-            list(response.iter_lines())
+    with pytest.raises(httpx.ReadTimeout), httpx.stream(
+        "POST",
+        f"http://127.0.0.1:{port}{CHAT}",
+        json={"messages": [user("hi")], "max_tokens": 900, "stream": stream},
+        timeout=0.7 if not stream else 0.03,
+    ) as response:
+        list(response.iter_lines())
     assert is_idle(engine)
     server.should_exit = True
     thread.join()
@@ -316,7 +315,7 @@ def test_images_are_fetched_from_named_hosts_alone(chat, tmp_path):
     engine = Engine(chat)
     ask = lambda client, url: client.post(
         CHAT, json={"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
-    )  # noqa: E731
+    )
     try:
         time.sleep(1)
         with (

@@ -40,7 +40,7 @@ class QFormer(Part):
     def adapt(self) -> None:
         """See Part."""
         if self.config.train_qformer == "lora":
-            add_lora(self.Qformer, self.config.lora)
+            add_lora(self.Qformer, self.config.lora, "Qformer.{}".format)
 
     def train(self, mode: bool = True) -> QFormer:
         """See Part; without dropout where the queries alone are trained."""
@@ -74,7 +74,9 @@ class QFormer(Part):
         own = self.state_dict().keys()
 
         def ignored(name: str) -> bool:
-            return is_elsewhere(name) or name.startswith("visual_encoder.") or (name not in own and is_text_branch(name))
+            return (
+                is_elsewhere(name) or name.startswith("visual_encoder.") or (name not in own and is_text_branch(name))
+            )
 
         wanted = lambda name: name.startswith(ENCODER)  # noqa: E731
         return load_tensors(self, tensors, file=source, wanted=wanted, ignored=ignored)
