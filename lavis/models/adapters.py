@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,10 +19,11 @@ _ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")
 """Names of layers inside an attention module, in transformers and timm alike."""
 
 
-def add_lora(module: nn.Module, settings: LoraSettings) -> None:
+def add_lora(module: nn.Module, settings: LoraSettings, whole_name: Callable[[str], str] = str) -> None:
     """Put trainable LoRA adapters (peft) in fp32 on the layers of `module` that `settings` names; all else is frozen.
 
-    Raises ConfigError if it names none.
+    Their first values follow from torch's seed and the names that `whole_name` says the tensors have in the whole model:
+    the same however the model is cut into stages. Raises ConfigError if no layer is named.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 
@@ -34,6 +38,12 @@ def add_lora(module: nn.Module, settings: LoraSettings) -> None:
     for p in module.parameters():
         if p.requires_grad:
             p.data = p.data.float()  # what is trained is fp32, whatever the type of the frozen weights
+    for name, p in module.named_parameters():
+        if ".lora_A." in name and not p.is_meta:
+            seed = torch.initial_seed() ^ zlib.crc32(whole_name(name).encode())
+            values = torch.empty(p.shape)  # as peft begins: A at random, B zero
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))
+            p.data.copy_(values)
 
 
 def lora_targets(module: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -173,7 +173,7 @@ class Stage(nn.Module):
         else:
             self.llm_model = llm.requires_grad_(config.llm.train == "full")
             if config.llm.train == "lora":
-                add_lora(llm, config.llm.lora)
+                add_lora(llm, config.llm.lora, lambda name: part.whole_name(f"llm_model.{name}"))
             if config.llm.recomputes:
                 recompute_activations(llm)
             filled = {name for name, _ in self.whole_names()}

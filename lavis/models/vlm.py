@@ -123,7 +123,7 @@ class Vlm(Composition):
         Once, when the parts have the weights that the adapters are for.
         """
         if self.config.llm.train == "lora":
-            add_lora(self.llm_model, self.config.llm.lora)
+            add_lora(self.llm_model, self.config.llm.lora, "llm_model.{}".format)
         for part in self.image_parts():
             part.adapt()
 

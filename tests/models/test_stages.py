@@ -116,7 +116,9 @@ def test_two_blocks_over_two_stages_of_text_alone_with_adapters(tmp_path):
         own[name].data.copy_(p)
     batch = batch_of([15, 12], [0, 0])
     hidden = built[1](built[0]((batch.input_ids, batch.position_ids, torch.empty(0))))
-    torch.testing.assert_close(built[1].loss(hidden, batch.labels), model.train()(batch).loss_sum, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        NextToken().loss(built[1].scorer(), hidden, batch).loss_sum, loss_of(model.train(), batch), rtol=1e-6, atol=0
+    )
 
 
 def test_each_stage_starts_from_its_part_of_a_source(tmp_path):
@@ -132,4 +134,6 @@ def test_each_stage_starts_from_its_part_of_a_source(tmp_path):
     built = [Stage(config, llm, part, IMAGE_ID, init).eval() for part, llm in stages(tmp_path, [1, 1])]
     batch = batch_of([15, 12], [1, 0])
     hidden = built[1](built[0]((batch.input_ids, batch.position_ids, batch.pixel_values)))
-    torch.testing.assert_close(built[1].loss(hidden, batch.labels), source.eval()(batch).loss_sum, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        NextToken().loss(built[1].scorer(), hidden, batch).loss_sum, loss_of(source.eval(), batch), rtol=1e-6, atol=0
+    )

@@ -14,7 +14,7 @@ from lavis.models.blip2_qformer import Blip2QFormer
 from lavis.models.configs import VlmConfig
 from lavis.models.parts import LlmConfig, LoraSettings
 from lavis.models.vlm import Vlm
-from tests.models.conftest import batch_of, model_config, small_llm, small_model, tower_settings
+from tests.models.conftest import batch_of, loss_of, model_config, small_llm, small_model, tower_settings
 
 NAMES = json.loads((Path(__file__).parents[1] / "fixtures/tensor_names.json").read_text())
 """Names and shapes of small models' tensors, and what was trained of them, as version 0.1 had them."""
@@ -68,7 +68,7 @@ def test_text_alone_is_trained_by_adapters():
     assert {n.split(".self_attn.")[1].split(".")[0] for n in trained} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert not model.config.sees and model.tower_frozen and model.parts().keys() == {"llm"}
     batch = batch_of([15, 12], [0, 0])
-    model(batch).loss_sum.backward()
+    loss_of(model, batch).backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_B." in n)
     assert model.filler(batch) is batch
 
@@ -103,8 +103,8 @@ def test_a_filler_lets_every_trained_part_take_part_with_no_effect(thawed):
     model = small_model(freeze_vit=not thawed)
     batch = batch_of([15, 12], [0, 0])
     filled = model.filler(batch)
-    loss = model(filled).loss_sum
-    assert torch.equal(loss, model(batch).loss_sum)
+    loss = loss_of(model, filled)
+    assert torch.equal(loss, loss_of(model, batch))
     loss.backward()
     for name, p in model.named_parameters():
         assert not p.requires_grad or (p.grad is not None and not p.grad.any()), name
@@ -117,13 +117,13 @@ def test_queries_alone_can_be_trained():
     model.train()
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["query_tokens"]
     assert not model.connector.Qformer.training and not model.tower_frozen
-    model(batch_of([15], [1])).loss_sum.backward()
+    loss_of(model, batch_of([15], [1])).backward()
     assert model.connector.query_tokens.grad.any()
 
 
 def test_rates_of_parts():
     from lavis.config.schema import RunConfig
-    from lavis.train.optim import build_optimizer
+    from lavis.parallel.optim import build_optimizer
 
     model = small_model(freeze_vit=False, freeze_llm=False)
     model.config.llm.lr_scale, model.config.tower.lr_scale = 0.1, 0.5

@@ -69,10 +69,17 @@ def test_any_layout_equals_a_single_process(cache, tmp_path, single, layout):
 
 
 def test_a_run_starts_from_another_one(cache, tmp_path):
-    first = train_text(cache, tmp_path / "first", LORA, "run.max_steps=1")
+    first = train_text(cache, tmp_path / "first", LORA, "run.max_steps=1", "run.warmup_steps=0")
     init = [{"from": str(first), "parts": ["llm"]}]
     second = train_text(
-        cache, tmp_path / "second", LORA, "run.max_steps=1", "run.init_lr=0.0", "run.min_lr=0.0", init=init
+        cache,
+        tmp_path / "second",
+        LORA,
+        "run.max_steps=1",
+        "run.warmup_steps=0",
+        "run.init_lr=0.0",
+        "run.min_lr=0.0",
+        init=init,
     )
     before, after = (load_file(run / "checkpoints/step-1/trainable.safetensors") for run in (first, second))
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)

@@ -40,7 +40,7 @@ class QFormer(Part):
     def adapt(self) -> None:
         """See Part."""
         if self.config.train_qformer == "lora":
-            add_lora(self.Qformer, self.config.lora)
+            add_lora(self.Qformer, self.config.lora, "Qformer.{}".format)
 
     def train(self, mode: bool = True) -> QFormer:
         """See Part; without dropout where the queries alone are trained."""

@@ -48,7 +48,7 @@ class Tower(Part, ABC):
     def adapt(self) -> None:
         """As Part.adapt."""
         if self.config.train == "lora":
-            add_lora(self.model, self.config.lora)
+            add_lora(self.model, self.config.lora, "visual_encoder.{}".format)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Put weights that are never trained into `dtype`."""
