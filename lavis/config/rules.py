@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lavis.config.deepspeed import DEEPSPEED_RUNNERS
 from lavis.config.schema import as_list
+from lavis.core.registries import MODEL_CONFIGS
 from lavis.models.parts import Init
 
 if TYPE_CHECKING:
@@ -129,10 +130,12 @@ def _annotation_addresses(recipe: Recipe) -> Iterator[str]:
 
 
 def _task(recipe: Recipe) -> Iterator[str]:
-    run, model = recipe.run, recipe.model
-    if run.task not in model.tasks:
-        yield f"run.task {run.task!r} does not train model.arch {model.arch!r}: set run.task={model.tasks[0]}."
-    if (model.row_format is None) != (run.runner == "tokenizer_runner"):
+    run, arch = recipe.run, recipe.model.arch
+    tasks = TASKS_OF_ARCH.get(arch, (run.task,))
+    known = {task for names in TASKS_OF_ARCH.values() for task in names}
+    if run.task not in tasks and run.task in known:  # of a user's own objective nothing is known here
+        yield f"run.task {run.task!r} does not train model.arch {arch!r}: set run.task={tasks[0]}."
+    if (arch == "byte_level_bpe") != (run.runner == "tokenizer_runner"):
         yield (
             f"run.runner {run.runner!r} does not go with model.arch {model.arch!r}: tokenizer_runner is for"
             " byte_level_bpe, and for nothing else."

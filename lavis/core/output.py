@@ -1,4 +1,4 @@
-"""What a model returns from a training forward."""
+"""What an objective returns of a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss as sum and count, so that the runner can divide by the count of the whole global step.
+    """A loss as sum and count, so that a strategy can divide by the count of the whole global step.
 
     loss_sum: fp32 scalar, summed over `count` units (supervised tokens; images in BLIP-2's first stage).
     parts: detached named sums over the same units, for the log (e.g. the three losses of the first stage).

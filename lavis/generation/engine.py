@@ -3,7 +3,7 @@ answers together.
 
 A prompt is always what the template makes of the whole conversation, and whatever part of it has been read before is
 taken from
-the store of keys and values. So the answer is the one that reading everything anew would give, and nobody has to keep a
+the store of keys and values. So the answer is the one that reading everything again would give, and nobody has to keep a
 state.
 """
 
@@ -136,7 +136,7 @@ class _AnswerRow(Row):
 
     def fail(self, error: Exception) -> None:
         """See Row."""
-        self.answer.fail(_told(error))
+        self.answer.fail(_for_reader(error))
 
 
 class Engine:
@@ -249,7 +249,7 @@ class Engine:
                 self._admit(answer)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
             if not answer.ended:
-                answer.fail(_told(error))
+                answer.fail(_for_reader(error))
 
     def _admit(self, answer: Answer) -> None:
         prompt, most = answer.prompt, min(answer.settings.max_new_tokens, self.chat.window - len(answer.prompt))
@@ -323,8 +323,8 @@ class Engine:
         answer.end("cancelled" if cancelled() else "length" if full else "stop")
 
 
-def _told(error: Exception) -> ChatError:
-    """What the reader is told; the log has the rest."""
+def _for_reader(error: Exception) -> ChatError:
+    """What the reader gets of an error; the log has the rest."""
     if isinstance(error, ChatError):
         return error
     log.error("an answer failed", exc_info=error)

@@ -42,7 +42,7 @@ class Prompt:
 class ChatModel:
     """`model` in eval mode on its devices, with what turns messages and pictures into its input.
 
-    `name` is told to users.
+    `name` is what users are shown.
     """
 
     name: str

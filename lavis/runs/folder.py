@@ -78,7 +78,7 @@ class RunFolder:
 def open_run_folder(recipe: Recipe) -> RunFolder:
     """A new folder named by the time under run.output_dir, or that of the run which run.resume goes on with.
 
-    `resume: auto` takes the newest unfinished run of the same recipe, and starts anew when there is none.
+    `resume: auto` takes the newest unfinished run of the same recipe, and starts from nothing when there is none.
     Raises CheckpointError when a run named by path is missing or was made by another recipe.
     """
     run = recipe.run
@@ -146,7 +146,7 @@ def _new_folder(output_dir: Path) -> Path:
             continue
         except OSError as error:
             raise CheckpointError(
-                f"no run folder can be made in {output_dir} ({error}): mend run.output_dir."
+                f"no run folder can be made in {output_dir} ({error}): fix run.output_dir."
             ) from error
         return folder
     raise CheckpointError(f"no free name for a new run under {output_dir}.")

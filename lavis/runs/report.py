@@ -40,7 +40,7 @@ class SampleReport:
         self.file = folder / "samples.jsonl"
 
     def add(self, step: int, answers: Sequence[Answer]) -> None:
-        """Record the answers after `step` optimiser steps and write the page anew.
+        """Record the answers after `step` optimiser steps and write the page again.
 
         Earlier records of that step or later, and those of other questions, are dropped.
         """

@@ -1,0 +1,76 @@
+"""An objective of a user's own, with named parts and two calls of the scorer, is the same under every strategy."""
+
+import subprocess
+
+import pytest
+
+from tests.train.test_equivalence import LAYOUTS, MIXED
+from tests.train.world import command, environment, only_run, train_lines, write_recipe
+
+pytestmark = pytest.mark.usefixtures("deepspeed_operators")
+CHILD = """
+import sys
+from lavis.core.output import LossOutput
+from lavis.core.registries import OBJECTIVES
+from lavis.objectives.sft import NextToken
+
+@OBJECTIVES.register("halves")
+class Halves(NextToken):
+    '''The second half of the supervised positions counts twice, and half of it is a reward for being sure.'''
+
+    parts = ("first", "second", "sure")
+
+    def loss(self, scorer, hidden, batch):
+        targets = batch.labels[:, 1:]
+        supervised = targets != -100
+        hidden, targets = hidden[:, :-1][supervised], targets[supervised]
+        middle = len(targets) // 3 * 2
+        first = scorer.cross_entropy(hidden[:middle], targets[:middle])
+        second = scorer.cross_entropy(hidden[middle:], targets[middle:])
+        sure = scorer.logprobs(hidden, targets).exp().sum()
+        parts = {"first": first.detach(), "second": second.detach(), "sure": sure.detach()}
+        return LossOutput(first + 2 * second - sure, self.units(batch), parts)
+
+    def before_step(self, batches, actors):
+        return list(reversed(batches))
+
+if __name__ == "__main__":
+    from lavis.cli import main
+    sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def run(cache, folder, ranks, options):
+    folder.mkdir(exist_ok=True)
+    (folder / "child.py").write_text(CHILD)
+    recipe = write_recipe(folder, run={"task": "halves", "valid_splits": ["val"], "max_new_tokens": 2})
+    words = [str(folder / "child.py") if w.endswith("train.py") else w for w in command(recipe, *options, ranks=ranks)]
+    done = subprocess.run(words, cwd=folder, env=environment(cache), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def single(cache, tmp_path_factory):
+    return run(cache, tmp_path_factory.mktemp("own"), 1, ["run.batch_size_train=1", "run.accum_grad_iters=8", *MIXED])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "data-parallel with accumulation",
+        pytest.param("ZeRO-2", marks=pytest.mark.slow),
+        "ZeRO-3",
+        "pipeline of 2",
+    ],
+)
+def test_it_is_the_same_under_every_strategy(cache, tmp_path, single, layout):
+    ranks, options = LAYOUTS[layout]
+    # which positions are the last third depends on the micro-batch, which therefore is one row everywhere
+    options = [o for o in options if not o.startswith(("run.batch_size_train", "run.accum_grad_iters"))]
+    accumulation = 8 if layout.startswith("pipeline") else 8 // ranks
+    options += ["run.batch_size_train=1", f"run.accum_grad_iters={accumulation}", *MIXED]
+    lines = train_lines(run(cache, tmp_path, ranks, options))
+    for want, got in zip(train_lines(single), lines, strict=True):
+        for name in ("loss", "first", "second", "sure", "grad_norm"):
+            assert got[name] == pytest.approx(want[name], rel=1e-4), (name, want, got)
