@@ -130,12 +130,11 @@ def _annotation_addresses(recipe: Recipe) -> Iterator[str]:
 
 
 def _task(recipe: Recipe) -> Iterator[str]:
-    run, arch = recipe.run, recipe.model.arch
-    tasks = TASKS_OF_ARCH.get(arch, (run.task,))
-    known = {task for names in TASKS_OF_ARCH.values() for task in names}
-    if run.task not in tasks and run.task in known:  # of a user's own objective nothing is known here
-        yield f"run.task {run.task!r} does not train model.arch {arch!r}: set run.task={tasks[0]}."
-    if (arch == "byte_level_bpe") != (run.runner == "tokenizer_runner"):
+    run, model = recipe.run, recipe.model
+    built_in = {task for arch in MODEL_CONFIGS.list() for task in MODEL_CONFIGS.get(arch).tasks}
+    if run.task not in model.tasks and run.task in built_in:  # of a user's own objective nothing is known here
+        yield f"run.task {run.task!r} does not train model.arch {model.arch!r}: set run.task={model.tasks[0]}."
+    if (model.row_format is None) != (run.runner == "tokenizer_runner"):
         yield (
             f"run.runner {run.runner!r} does not go with model.arch {model.arch!r}: tokenizer_runner is for"
             " byte_level_bpe, and for nothing else."

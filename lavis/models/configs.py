@@ -32,7 +32,7 @@ class VlmConfig(ModelConfig):
         None, "weight file of trained parts that chat opens when no run is named; training starts without it"
     )
 
-    tasks = ("image_text_pretrain", "deepspeed_image_text_pretrain", "language_modeling")
+    tasks = ("image_text_pretrain", "deepspeed_image_text_pretrain", "language_modeling", "sft", "document")
     row_format = "chat"
     splits = True
 
