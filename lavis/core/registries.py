@@ -28,6 +28,16 @@ DATASETS: Registry[Any] = Registry(
         "lavis.data.builders",
     ),
 )
+MEDIA_FORMATS: Registry[Any] = Registry(
+    "media format", lazy=dict.fromkeys(["minigpt4qwen", "llava"], "lavis.tokens.media")
+)
+DIALECTS: Registry[Any] = Registry(
+    "dialect of annotations",
+    lazy=dict.fromkeys(["minigpt4qwen", "alpaca"], "lavis.data.dialects.instruction")
+    | dict.fromkeys(["llava", "sharegpt"], "lavis.data.dialects.conversations")
+    | {"messages": "lavis.data.dialects.messages", "text": "lavis.data.dialects.document"}
+    | dict.fromkeys(["preference", "prompt"], "lavis.data.dialects.preference"),
+)
 PROCESSORS: Registry[Any] = Registry(
     "processor",
     lazy=dict.fromkeys(["blip2_image_train", "blip2_image_eval", "blip_image_eval", "image_plain"], "lavis.data.image")
