@@ -82,11 +82,11 @@ def test_keys_of_a_recipe_keep_their_meaning(kept):
         0.2,
     )
     assert (model.num_query_token, model.image_size, model.max_txt_len) == (4, 64, 128)
-    assert list(recipe.datasets) == ["minigpt4_instruction", "llava_instruction"]
-    info = recipe.datasets["minigpt4_instruction"].build_info
-    assert info.annotations["train"].storage == ["data/train.json"] and info.images.storage == "data/pictures"
+    assert [entry.name for entry in recipe.data.train] == ["minigpt4_instruction", "llava_instruction"]
+    first = recipe.data.train[0]
+    assert first.path == ["data/train.json"] and first.images == "data/pictures"
     assert (run.init_lr, run.warmup_steps, run.beta2, run.max_steps, run.accum_grad_iters) == (1e-2, 2, 0.98, 6, 2)
-    assert run.train_dataset_ratios == {"minigpt4_instruction": 3, "llava_instruction": 1}
+    assert [entry.weight for entry in recipe.data.train] == [3, 1]
     assert (run.eval_freq, run.save_freq, run.seed, run.output_dir) == (3, 3, 7, "output/lora")
 
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lavis.config import data_rules
 from lavis.config.deepspeed import DEEPSPEED_RUNNERS
-from lavis.config.schema import as_list
 from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
 
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
-
-RANDOM_PROCESSORS = frozenset({"blip2_image_train"})
-"""Image processors that give another tensor each time (random crops)."""
-
-
-def generates_itself(dataset: str) -> bool:
-    """Whether the dataset of that name makes its own files (the shapes world)."""
-    return dataset.startswith("shapes_")
 
 
 def _vision_dimensions(recipe: Recipe) -> Iterator[str]:
@@ -35,12 +27,6 @@ def _vision_dimensions(recipe: Recipe) -> Iterator[str]:
     if q.hidden_size % q.num_attention_heads:
         heads = q.num_attention_heads
         yield f"model.qformer: hidden_size {q.hidden_size} can't be split over {heads} heads (num_attention_heads)."
-    for name, dataset in recipe.datasets.items():
-        for kind in ("train", "eval") if dataset.data_type != "text" else ():
-            size = getattr(dataset.vis_processor, kind).image_size
-            if size != model.image_size:
-                key = f"datasets.{name}.vis_processor.{kind}.image_size"
-                yield f"{key} is {size} but model.image_size is {model.image_size}: set both to the same."
 
 
 def _something_to_train(recipe: Recipe) -> Iterator[str]:
@@ -77,10 +63,10 @@ def _something_to_train(recipe: Recipe) -> Iterator[str]:
 
 def _feature_cache(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
-    if not recipe.run.cache_features:
+    if not recipe.data.cache_features:
         return
     if not isinstance(model, MiniGPT4QwenConfig):
-        yield f"run.cache_features needs the arch minigpt4qwen, not {model.arch}: set it to false."
+        yield f"data.cache_features needs the arch minigpt4qwen, not {model.arch}: set it to false."
         return
     thawed = [k for k in ("freeze_vit", "freeze_qformer", "freeze_queries") if not getattr(model, k)]
     thawed += ["unfreeze_pos_embed"] if model.unfreeze_pos_embed else []
@@ -88,65 +74,24 @@ def _feature_cache(recipe: Recipe) -> Iterator[str]:
     if thawed or adapted:
         trained = [f"model.{k}={str(getattr(model, k)).lower()}" for k in thawed] + [f"LoRA on {p}" for p in adapted]
         yield (
-            f"run.cache_features needs a frozen image encoder; yours is trained ({', '.join(trained)}): set it to"
+            f"data.cache_features needs a frozen image encoder; yours is trained ({', '.join(trained)}): set it to"
             " false."
         )
-    for name, dataset in recipe.datasets.items():
-        processor = dataset.vis_processor.train.name
-        if (
-            dataset.data_type != "text"
-            and processor not in RANDOM_PROCESSORS
-            and dataset.vis_processor.train != dataset.vis_processor.eval
-        ):
-            yield (
-                f"run.cache_features keeps one view, but datasets.{name}.vis_processor.train and .eval differ: make"
-                " them the same."
-            )
-        if dataset.data_type != "text" and processor in RANDOM_PROCESSORS:
-            key = f"datasets.{name}.vis_processor.train.name"
-            yield f"run.cache_features keeps one view, but {key} {processor} crops at random: use blip2_image_eval."
 
 
 def _sizes(recipe: Recipe) -> Iterator[str]:
-    run, model = recipe.run, recipe.model
-    if isinstance(model, (MiniGPT4QwenConfig, CausalLMConfig)) and run.packing and run.pack_length < model.max_txt_len:
+    run, data, model = recipe.run, recipe.data, recipe.model
+    if (
+        isinstance(model, (MiniGPT4QwenConfig, CausalLMConfig))
+        and data.packing
+        and data.pack_length < model.max_txt_len
+    ):
         longest = f"the longest sample, model.max_txt_len {model.max_txt_len}"
-        yield f"run.pack_length {run.pack_length} is shorter than {longest}: raise the one or lower the other."
+        yield f"data.pack_length {data.pack_length} is shorter than {longest}: raise the one or lower the other."
     if run.autocast_on_cpu and run.autocast_dtype == "fp16" and run.device != "cuda":
         yield "run.autocast_dtype fp16 does not work on the CPU: use bf16, or run.autocast_on_cpu=false."
     if run.min_lr > run.init_lr and run.lr_sched != "constant_lr" and not run.evaluate:
         yield f"run.min_lr {run.min_lr:g} is above run.init_lr {run.init_lr:g}: the rate would grow."
-
-
-def _dataset_names(recipe: Recipe) -> Iterator[str]:
-    run, datasets = recipe.run, recipe.datasets
-    unknown = sorted(set(run.train_dataset_ratios) - set(datasets))
-    if unknown:
-        yield f"run.train_dataset_ratios names {', '.join(unknown)}, not among the datasets: {', '.join(datasets)}."
-    if not run.evaluate and not run.train_splits:
-        yield "run.train_splits is empty: name a split to train on, or set run.evaluate=true."
-    if run.evaluate and not (run.test_splits or run.valid_splits):
-        yield "run.evaluate is true but there is nothing to evaluate on: name run.test_splits or run.valid_splits."
-    if any(generates_itself(name) for name in datasets):
-        return  # their splits are known to the data layer alone
-    known = {split for d in datasets.values() for split in d.build_info.annotations}
-    used: dict[str, Any] = {"test_splits": run.test_splits}
-    if not run.evaluate:
-        used |= {"train_splits": run.train_splits, "valid_splits": run.valid_splits}
-    for key, splits in used.items():
-        for split in sorted(set(splits) - known):
-            names = ", ".join(sorted(known)) or "none"
-            yield f"run.{key}: no dataset has annotations for the split {split!r} (known: {names})."
-
-
-def _annotation_addresses(recipe: Recipe) -> Iterator[str]:
-    for name, dataset in recipe.datasets.items():
-        for split, source in dataset.build_info.annotations.items():
-            key, files = f"datasets.{name}.build_info.annotations.{split}", len(as_list(source.storage))
-            for field in ("url", "sha256"):
-                given = len(as_list(getattr(source, field)))
-                if given not in (0, files):
-                    yield f"{key}.{field} has {given} for the {files} of {key}.storage: give one for each file."
 
 
 TASKS_OF_ARCH = {
@@ -166,15 +111,6 @@ def _task(recipe: Recipe) -> Iterator[str]:
         yield (
             f"run.runner {run.runner!r} does not go with model.arch {arch!r}: tokenizer_runner is for byte_level_bpe,"
             " and for nothing else."
-        )
-    wanted = "caption" if arch == "blip2_qformer" else "chat"
-    for name, dataset in recipe.datasets.items():
-        if arch != "byte_level_bpe" and dataset.sample_format != wanted:
-            yield f"datasets.{name}.sample_format is {dataset.sample_format}, but model.arch {arch!r} takes {wanted}."
-    if arch == "blip2_qformer" and run.packing:
-        yield (
-            "run.packing does not go with blip2_qformer, which compares images with captions row by row: set it to"
-            " false."
         )
 
 
@@ -234,7 +170,6 @@ RULES = (
     _something_to_train,
     _feature_cache,
     _sizes,
-    _dataset_names,
-    _annotation_addresses,
     _deepspeed,
+    *data_rules.RULES,
 )

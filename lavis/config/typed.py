@@ -19,6 +19,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "task": registries.TASKS,
     "runner": registries.RUNNERS,
     "processor": registries.PROCESSORS,
+    "source": registries.SOURCES,
+    "media_format": registries.MEDIA_FORMATS,
     "lr_schedule": registries.LR_SCHEDULES,
 }
 """What the `registry` of a schema field refers to."""
@@ -123,7 +125,7 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any, key: str, 
             allowed = ["null" if c is None else str(c) for c in choices]
             hint = did_you_mean(str(item), allowed)
             problems.append(Problem(key, f"{item!r} is not one of: {', '.join(allowed)}.{hint}"))
-        if registry is not None and item not in REGISTRIES[registry]:
+        if registry is not None and item is not None and item not in REGISTRIES[registry]:
             kind, known = REGISTRIES[registry].kind, REGISTRIES[registry].list()
             hint = did_you_mean(item, known)
             problems.append(Problem(key, f"unknown {kind} {item!r}.{hint} Known: {', '.join(known)}"))

@@ -14,19 +14,10 @@ MODELS: Registry[Any] = Registry(
         "causal_lm": "lavis.models.causal_lm",
     },
 )
-DATASETS: Registry[Any] = Registry(
-    "dataset",
-    lazy=dict.fromkeys(
-        [
-            "minigpt4_instruction",
-            "llava_instruction",
-            "instruction",
-            "shapes_instruction",
-            "shapes_caption",
-            "shapes_text",
-        ],
-        "lavis.data.builders",
-    ),
+SOURCES: Registry[Any] = Registry(
+    "source of data",
+    lazy={"files": "lavis.data.sources"}
+    | dict.fromkeys(["shapes_instruction", "shapes_caption", "shapes_text"], "lavis.data.shapes.source"),
 )
 MEDIA_FORMATS: Registry[Any] = Registry(
     "media format", lazy=dict.fromkeys(["minigpt4qwen", "llava"], "lavis.tokens.media")

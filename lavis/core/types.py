@@ -127,11 +127,15 @@ Example = Conversation | Document | Pair
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """Where a picture's vectors go: `length` positions of a sample from `start` on; none where it stands beside it."""
+    """Where a picture's vectors go: `length` positions of a sample from `start` on; none where it stands beside it.
+
+    tiles: pieces the picture is cut into, each of which gives an equal share of the vectors.
+    """
 
     ref: MediaRef
     start: int
     length: int
+    tiles: int = 1
 
 
 @dataclass(frozen=True)

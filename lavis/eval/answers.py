@@ -14,7 +14,7 @@ from torch import nn
 
 from lavis.core.dist import World
 from lavis.core.types import Batch, Conversation, Sample
-from lavis.data.loader import ImageSource, collate
+from lavis.data.loader import ImageSource, load_batch
 from lavis.tokens.template import ChatTemplate
 
 
@@ -109,9 +109,7 @@ class Answerer:
         return [merged[i] for i, _ in numbered]
 
     def _generate(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
-        paths = [path for s in samples for path in s.images]
-        pixels = self.images.load(paths, 0)[0] if paths else {}
-        batch = collate([[s] for s in samples], pixels, self.template.pad_token_id, None)
+        batch = load_batch([[s] for s in samples], self.images, self.template.pad_token_id)
         generate = cast(Callable[..., list[list[int]]], self.model.generate)
         rows = generate(
             self.ready(batch),
@@ -133,7 +131,7 @@ def _answer(conversation: Conversation, text: str) -> Answer:
         kind=conversation.kind,
         lang=conversation.lang,
         images=conversation.images,
-        question="".join(p for p in question.parts if isinstance(p, str)).replace("<Img></Img>", "").strip(),
+        question=question.words.strip(),
         expected=expected,
         answer=text,
     )

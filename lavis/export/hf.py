@@ -13,11 +13,12 @@ from torch import nn
 
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.registries import TASKS
-from lavis.data.image import image_processor
+from lavis.data.assemble import media_processor
 from lavis.export.blip2 import as_blip2, blip2_config
 from lavis.export.hf_processor import write_processor
 from lavis.export.model_card import model_card
 from lavis.export.trained import Trained
+from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.llm import DTYPES
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
 from lavis.objectives.base import Task
@@ -58,6 +59,7 @@ def export_hf(
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give a new folder, or empty this one.")
+    _check_media(trained.model)
     task: Task = TASKS.get(trained.recipe.run.task)(trained.recipe)
     frozen = {key: identity(path) for key, path in task.frozen_files().items()}
     if changed := frozen_differences(trained.checkpoint.state().frozen, frozen):
@@ -69,9 +71,8 @@ def export_hf(
     model = build(trained, task, precision)
     folder.mkdir(parents=True, exist_ok=True)
     _write_model(model, task.template, folder, max_shard_size)
-    dataset = next(iter(trained.recipe.datasets.values()))
     template = cast("ChatTemplate", task.template)  # a model that sees and answers has no other
-    differences = write_processor(folder, task.tokenizer, template, image_processor(dataset.vis_processor.eval))
+    differences = write_processor(folder, task.tokenizer, template, media_processor(trained.recipe.model))
     for difference in differences:
         log.warning("stock transformers reads this prompt otherwise: %s", difference)
     (folder / "README.md").write_text(model_card(trained, differences), encoding="utf-8")
@@ -132,3 +133,13 @@ def _give_placeholder_a_row(model: MiniGPT4Qwen, like: int) -> None:
     with torch.no_grad():
         for tensor in (*llm.get_input_embeddings().parameters(), *llm.get_output_embeddings().parameters()):
             tensor[rows:] = tensor[like]
+
+
+def _check_media(model: MiniGPT4QwenConfig) -> None:
+    """Raise ConfigError where transformers' class cannot be given the pictures as this model is."""
+    media = model.media
+    if media.tiling != "none" or media.resize != "square":
+        raise ConfigError(
+            f"Blip2ForConditionalGeneration is shown a picture as one square, but model.media has tiling"
+            f" {media.tiling}, resize {media.resize}: export with `lavis export pth`."
+        )

@@ -67,7 +67,7 @@ class CausalLM(nn.Module):
         loss_sum = supervised_loss(
             self.llm_model, self.embed(batch), batch.labels, batch.position_ids, self.logits_chunks
         )
-        return LossOutput(loss_sum, batch.num_tokens)
+        return LossOutput(loss_sum, batch.supervised_tokens)
 
     def generate(
         self, batch: Batch, stop_token_ids: Sequence[int], pad_token_id: int, **settings: Any

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from lavis.config.schema import ModelConfig, opt
 from lavis.core.registry import Registry
+from lavis.models.parts import MediaConfig
 
 MODEL_CONFIGS: Registry[type[ModelConfig]] = Registry("model")
 """Architecture name to the dataclass of its section."""
@@ -65,6 +66,7 @@ class VisionConfig(ModelConfig):
     vit_model: str = opt("eva_clip_g", "preset of the ViT's dimensions", choices=("eva_clip_g",))
     vit: VitConfig = opt(VitConfig, "dimensions that differ from the preset")
     image_size: int = opt(224, "side of the input image, pixels", at_least=1)
+    media: MediaConfig = opt(MediaConfig, "how pictures reach the model")
     drop_path_rate: float = opt(0.0, "stochastic depth while the ViT is trained", at_least=0)
     use_grad_checkpoint: bool = opt(False, "recompute the ViT's activations in backward (only when it is trained)")
     vit_precision: str = opt("fp16", "type of the frozen ViT's weights on a GPU", choices=("fp16", "bf16", "fp32"))

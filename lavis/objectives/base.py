@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lavis.config.recipe import Recipe
+from lavis.config.schema import DataEntry
 from lavis.core.errors import ConfigError
 from lavis.core.paths import resolve
 from lavis.core.registries import MODELS
@@ -34,7 +35,7 @@ class Task:
             )
         self.recipe = recipe
         self.tokenizer = load_tokenizer(recipe.model)
-        self.template = make_template(recipe.model, next(iter(recipe.datasets.values())), self.tokenizer)
+        self.template = make_template(recipe.model, _first_entry(recipe), self.tokenizer)
 
     def build_model(self, device: torch.device, *, llm_on_cpu: bool = False) -> nn.Module:
         """The model on `device`, its weights loaded, frozen parts in the precision the recipe names and that suits
@@ -52,7 +53,7 @@ class Task:
 
     def count(self, batch: Batch) -> int:
         """By how many units the loss sum of `batch` is to be divided."""
-        return batch.num_tokens
+        return batch.supervised_tokens
 
     def frozen_files(self) -> dict[str, Path]:
         """Configuration key to file or folder of the weights that training does not change."""
@@ -64,3 +65,8 @@ class Task:
     def export(self, model: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:
         """Write what later recipes load from `folder`; returns the paths written."""
         raise NotImplementedError
+
+
+def _first_entry(recipe: Recipe) -> DataEntry:
+    """Says how rows are encoded; all of a recipe are of one kind, and pictures are the model's matter."""
+    return next((entry for _, entry in recipe.data.entries() if entry.fraction is None), DataEntry())

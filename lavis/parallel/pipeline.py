@@ -54,7 +54,7 @@ class StagedModel(nn.Module):
             part = self.stage.part
             loss = self.stage.loss(hidden, batch.labels) if part.is_last else torch.zeros((), device=self._device)
         dist.broadcast(loss, self._ranks[-1], group=self._group)
-        return LossOutput(loss, batch.num_tokens)
+        return LossOutput(loss, batch.supervised_tokens)
 
     def _through(self, batch: Batch | torch.Tensor, **settings: Any) -> torch.Tensor:
         """A batch (or ids, later in a generation) through all stages; the last stage's hidden states, there alone."""

@@ -20,6 +20,7 @@ from lavis.config.recipe import Recipe
 from lavis.config.schema import RunConfig
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import CONFIGS_ROOT, resolve
+from lavis.data.sources import has_images
 from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.models.stages import SPLITTABLE
 from lavis.parallel.footprint import Footprint, Footprints, MicroBatch, Precision
@@ -195,15 +196,15 @@ class Planner:
         samples: int | None = None,
         ranks: int = 1,
     ) -> None:
-        config, run = recipe.model, recipe.run
+        config, run, data = recipe.model, recipe.run, recipe.data
         if not isinstance(config, MiniGPT4QwenConfig):
             raise ConfigError(f"model.arch {config.arch}: plans are made for minigpt4qwen alone.")
-        self.config, self.run, self.machine = config, run, machine
+        self.config, self.run, self.data, self.machine = config, run, data, machine
         self.llm_config = llm_config_of(config.llm_model)
-        self.tokens = tokens or (run.pack_length if run.packing else config.max_txt_len)
-        sees = any(d.data_type != "text" for d in recipe.datasets.values()) or not recipe.datasets
+        self.tokens = tokens or (data.pack_length if data.packing else config.max_txt_len)
+        sees = any(has_images(e) for _, e in data.entries()) or not data.train
         self.images = (
-            images if images is not None else sees * (max(1, self.tokens // config.max_txt_len) if run.packing else 1)
+            images if images is not None else sees * (max(1, self.tokens // config.max_txt_len) if data.packing else 1)
         )
         self.supervised = supervised or max(1, self.tokens - self.images * config.num_query_token)
         self.samples = (
@@ -218,7 +219,7 @@ class Planner:
     @functools.cache  # noqa: B019 - lives as long as the planner
     def _footprints(self, rows: int, recompute: bool) -> Footprints:
         batch = MicroBatch(
-            rows, self.tokens, rows * self.images, rows * self.supervised, self.run.packing, self.run.cache_features
+            rows, self.tokens, rows * self.images, rows * self.supervised, self.data.packing, self.data.cache_features
         )
         return Footprints(replace(self.config, llm_grad_checkpoint=recompute), self.llm_config, batch, self.precision)
 

@@ -200,7 +200,7 @@ class DeepSpeedStrategy(Strategy):
             else:
                 batch = replace(batch, features=torch.empty(0, config.num_query_token, config.qformer.hidden_size))
         if self.in_step and hasattr(self.model, "logits_chunks"):
-            (most,) = self.world.max(batch.num_tokens)
+            (most,) = self.world.max(batch.supervised_tokens)
             self.model.logits_chunks = max(1, math.ceil(most / logits_rows(self.model.llm_model)))
         return batch.to(self.world.device)
 

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 
 from lavis.config.files import missing_of, model_files
-from lavis.config.recipe import load_model_config, load_preprocess_config
-from lavis.config.schema import ProcessorConfig
+from lavis.config.recipe import load_model_config
 from lavis.core.errors import ChatError, CheckpointError, ConfigError
 from lavis.core.json_file import read_json
 from lavis.core.paths import resolve
 from lavis.core.registries import MODELS
-from lavis.data.assemble import load_tokenizer
-from lavis.data.image import EvalImage, image_processor
+from lavis.data.assemble import load_tokenizer, media_spec
+from lavis.data.image import EvalImage
 from lavis.export.hf import merge_lora
 from lavis.export.hf_processor import exported_tokenizer
 from lavis.export.trained import open_any_run
 from lavis.generation.model import ChatModel
-from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig, VisionConfig
+from lavis.models.configs import CausalLMConfig, MiniGPT4QwenConfig
 from lavis.models.llm import DTYPES, frozen_dtype
 from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.tokens.media import MediaSpec
 from lavis.weights.tensors import load_tensors, read_tensors
 
 log = logging.getLogger(__name__)
@@ -96,10 +96,9 @@ def _of_run(where: Path, device: torch.device, dtype: torch.dtype, changes: dict
     load_tensors(
         model, tensors, file=trained.checkpoint.path, wanted=lambda name: name in tensors, ignored=lambda name: False
     )
-    processor = next(iter(trained.recipe.datasets.values())).vis_processor.eval
     if isinstance(config, CausalLMConfig):
         model.to(dtype)
-    return _ready(where.name, model, tokenizer, processor, device)
+    return _ready(where.name, model, tokenizer, media_spec(config), device)
 
 
 def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, llm_device_map: str | None) -> ChatModel:
@@ -109,20 +108,20 @@ def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, llm_devic
         model.place_llm(llm_device_map, device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = exported_tokenizer(folder) if has_tokenizer else load_tokenizer(config)
-    return _ready(folder.name, model, tokenizer, _exported_processor(folder, config), device)
+    return _ready(folder.name, model, tokenizer, _exported_media(folder, config), device)
 
 
-def _exported_processor(folder: Path, config: VisionConfig) -> EvalImage:
-    """As `lavis export hf` wrote it; that of the model's type for a folder of save_pretrained, which has none."""
+def _exported_media(folder: Path, config: MiniGPT4QwenConfig) -> MediaSpec:
+    """The model's, with the processor that `lavis export hf` wrote; a folder of save_pretrained has none."""
+    media = media_spec(config)
+    assert media
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             values = read_json(folder / name)
             values = values.get("image_processor", values)
-            return EvalImage(values["size"]["height"], tuple(values["image_mean"]), tuple(values["image_std"]))
-    return replace(
-        image_processor(load_preprocess_config(config.arch, config.model_type).vis_processor.eval),
-        image_size=config.image_size,
-    )
+            size, mean, std = values["size"]["height"], values["image_mean"], values["image_std"]
+            return replace(media, processor=EvalImage(size, tuple(mean), tuple(std)))
+    return media
 
 
 def _of_type(
@@ -161,9 +160,7 @@ def _of_type(
     if adapters:
         tensors = _peft_tensors(adapters)
         load_tensors(model, tensors, file=adapters, wanted=lambda name: name in tensors, ignored=lambda name: False)
-    return _ready(
-        model_type, model, tokenizer, load_preprocess_config("minigpt4qwen", model_type).vis_processor.eval, device
-    )
+    return _ready(model_type, model, tokenizer, media_spec(config), device)
 
 
 def _adapter_settings(folder: Path) -> dict[str, Any]:
@@ -180,13 +177,8 @@ def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return adapters | read_tensors(folder / "projection.safetensors")
 
 
-def _ready(
-    name: str, model: Any, tokenizer: Any, processor: ProcessorConfig | EvalImage, device: torch.device
-) -> ChatModel:
-    sees = isinstance(model, MiniGPT4Qwen)
-    if sees and model.config.get_lora and not model.config.llm_quantization:
+def _ready(name: str, model: Any, tokenizer: Any, media: MediaSpec | None, device: torch.device) -> ChatModel:
+    if isinstance(model, MiniGPT4Qwen) and model.config.get_lora and not model.config.llm_quantization:
         merge_lora(model)
     model.requires_grad_(False)
-    queries = model.config.num_query_token if sees else 0
-    processor = processor if isinstance(processor, EvalImage) else image_processor(processor)
-    return ChatModel(name, model.to(device).eval(), tokenizer, queries, processor, device)
+    return ChatModel(name, model.to(device).eval(), tokenizer, media, device)

@@ -140,14 +140,22 @@ class ChatTemplate:
             raise sample
         return sample
 
-    def encode_many(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
-        """`encode` for many conversations at once, which is faster; a failure stands in its conversation's place."""
+    def encode_many(
+        self, conversations: Sequence[Conversation], *, last_answer_only: bool = False
+    ) -> list[Sample | RowError]:
+        """`encode` for many conversations at once, which is faster; a failure stands in its conversation's place.
+
+        `last_answer_only` supervises no earlier answer.
+        """
         samples: list[Sample | RowError] = []
         dialogues = [self._dialogue(c, generation=False) for c in conversations]
         encoded = self._encoder.encode_all(text for dialogue in dialogues for text in dialogue.texts)
         for conversation, dialogue in zip(conversations, dialogues, strict=True):
             try:
-                samples.append(self._truncated(self._segments(dialogue, encoded), conversation))
+                segments = self._segments(dialogue, encoded)
+                if last_answer_only:
+                    segments = _only_last_answer(segments)
+                samples.append(self._truncated(segments, conversation))
             except RowError as error:
                 samples.append(error)
         return samples
@@ -166,7 +174,7 @@ class ChatTemplate:
         for segment in segments:
             cut = min(max(excess, 0), len(segment.ids)) if segment.sort == "text" else 0
             if segment.ref is not None:
-                spans.append(MediaSpan(segment.ref, len(ids), len(segment.ids)))
+                spans.append(self._span(segment, len(ids)))
             ids.extend(segment.ids[: len(segment.ids) - cut])
             excess -= cut
         if excess > 0:
@@ -210,6 +218,10 @@ class ChatTemplate:
         length = self.media.span(ref.size)
         return _Segment("image", (token,) * length, (IGNORE_INDEX,) * length, ref)
 
+    def _span(self, segment: _Segment, start: int) -> MediaSpan:
+        assert self.media and segment.ref
+        return MediaSpan(segment.ref, start, len(segment.ids), self.media.tiles(segment.ref.size))
+
     def _truncated(self, segments: Sequence[_Segment], conversation: Conversation) -> Sample:
         """Cut at max_length; if that falls into an image, cut where the image's turn begins."""
         ids: list[int] = []
@@ -221,7 +233,7 @@ class ChatTemplate:
             if segment.sort == "markup":  # its first token ends a turn, the rest begins the next
                 border = min(len(ids), 1) + len(ids)
             elif segment.ref is not None:
-                spans.append(MediaSpan(segment.ref, len(ids), len(segment.ids)))
+                spans.append(self._span(segment, len(ids)))
                 cut = border if len(ids) < cut < end else cut
             ids.extend(segment.ids)
             labels.extend(segment.labels)
@@ -279,6 +291,13 @@ def without_images(conversation: Conversation) -> Conversation:
         return replace(message, parts=(message.words.lstrip(),))
 
     return replace(conversation, messages=tuple(map(blind, conversation.messages)))
+
+
+def _only_last_answer(segments: Sequence[_Segment]) -> list[_Segment]:
+    """Without the labels of what stands before the last message; its contents follow the last markup but one."""
+    last = max(i for i, segment in enumerate(segments[:-1]) if segment.sort == "markup")
+    masked = [s._replace(labels=(IGNORE_INDEX,) * len(s.ids)) for s in segments[: last + 1]]
+    return [*masked, *segments[last + 1 :]]
 
 
 def _trimmed(parts: Sequence[Part], left: bool, right: bool) -> list[Part]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lavis.config.recipe import Recipe
 from lavis.core.registries import TASKS
-from lavis.core.types import Conversation
+from lavis.core.types import Document, Example, Pair
 from lavis.models.configs import ByteLevelBPEConfig
 
 PAD_TOKEN, START_TOKEN, END_TOKEN, IMAGE_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>"
@@ -27,8 +27,8 @@ class TokenizerTraining:
         assert isinstance(recipe.model, ByteLevelBPEConfig)
         self.config = recipe.model
 
-    def fit(self, conversations: Iterable[Conversation]) -> PreTrainedTokenizerFast:
-        """A tokenizer of at most `vocab_size` tokens learned from all turns."""
+    def fit(self, examples: Iterable[Example]) -> PreTrainedTokenizerFast:
+        """A tokenizer of at most `vocab_size` tokens learned from all texts."""
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = self._pre_tokenizer()
         bpe.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ class TokenizerTraining:
             show_progress=False,
         )
         roles = ("system", "user", "assistant", "You are a helpful assistant.")
-        texts = (text for c in conversations for text in (*roles, *(m.text for m in c.messages)))
+        texts = (text for example in examples for text in (*roles, *_texts(example)))
         bpe.train_from_iterator(texts, trainer)
         return PreTrainedTokenizerFast(
             tokenizer_object=bpe,
@@ -63,3 +63,11 @@ class TokenizerTraining:
         """A Hugging Face tokenizer folder."""
         tokenizer.save_pretrained(folder)
         return [folder]
+
+
+def _texts(example: Example) -> list[str]:
+    if isinstance(example, Document):
+        return [example.text]
+    if isinstance(example, Pair):
+        return [*_texts(example.chosen), example.rejected.messages[-1].text]
+    return [message.text for message in example.messages]

@@ -13,9 +13,10 @@ from torch import nn
 from lavis.config.recipe import Recipe
 from lavis.core.dist import World
 from lavis.core.paths import resolve
-from lavis.core.types import Batch, Conversation, ImageRef, Message
+from lavis.core.types import Batch, Conversation, MediaRef, Message
+from lavis.data.image import size_of
 from lavis.data.loader import eval_batches
-from lavis.data.prepare import PreparedTable
+from lavis.data.table import PreparedTable
 from lavis.eval.answers import Answerer, accuracy, write_answers
 from lavis.objectives.base import Task
 from lavis.parallel.strategy import Strategy
@@ -57,8 +58,8 @@ class Evaluator:
         self.model.eval()
         sums: dict[str, float] = {}
         count = 0
-        for split in self.run.valid_splits:
-            for table in self.data.splits[split]:
+        for tables in self.data.valid.values():
+            for table in tables:
                 for batch in eval_batches(
                     table,
                     self.data.eval_images,
@@ -86,10 +87,8 @@ class Evaluator:
         if not self.answerer:
             return {}
         results: dict[str, float] = {}
-        for split in self.run.test_splits:
-            conversations = [_conversation(t, i) for t in self.data.splits[split] for i in range(len(t))][
-                : self.run.max_eval_samples
-            ]
+        for split, tables in self.data.test.items():
+            conversations = [_conversation(t, i) for t in tables for i in range(len(t))][: self.run.max_eval_samples]
             if blind:
                 conversations = [without_images(c) for c in conversations]
             answers = self.answerer.answer(
@@ -113,8 +112,7 @@ class Evaluator:
     def _prompts(self) -> list[Conversation]:
         if self.run.sample_prompts:
             return [_prompt(p.image and str(resolve(p.image)), p.prompt) for p in self.run.sample_prompts]
-        splits = [*self.run.test_splits, *self.run.valid_splits]
-        tables = self.data.splits[splits[0]] if splits else []
+        tables = next(iter([*self.data.test.values(), *self.data.valid.values()]), [])
         rows = [(t, i) for t in tables for i in range(len(t))]
         # odd: rows often come in pairs of two languages
         stride = max(1, len(rows) // max(1, self.run.num_sample_prompts)) | 1
@@ -126,7 +124,8 @@ def _conversation(table: PreparedTable, index: int) -> Conversation:
 
     def absolute(message: Message) -> Message:
         return replace(
-            message, parts=tuple(p if isinstance(p, str) else ImageRef(table.image_path(p.path)) for p in message.parts)
+            message,
+            parts=tuple(p if isinstance(p, str) else replace(p, path=table.image_path(p.path)) for p in message.parts),
         )
 
     conversation = table.conversation(index)
@@ -134,5 +133,5 @@ def _conversation(table: PreparedTable, index: int) -> Conversation:
 
 
 def _prompt(image: str | None, text: str) -> Conversation:
-    parts = ("<Img>", ImageRef(image), f"</Img> {text}") if image else (text,)
+    parts = (MediaRef(image, size_of(image)), f" {text}") if image else (text,)
     return Conversation((Message("user", parts),))

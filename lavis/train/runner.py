@@ -116,10 +116,10 @@ class RunnerBase:
         """Plans of this run on this rank's hardware, for its longest row."""
         lengths, supervised, images = (
             np.concatenate([getattr(t, name) for t in self.data.train_tables])
-            for name in ("lengths", "num_tokens", "num_images")
+            for name in ("lengths", "supervised_tokens", "num_tiles")
         )
-        if self.run_config.packing:
-            tokens = self.run_config.pack_length
+        if self.recipe.data.packing:
+            tokens = self.recipe.data.pack_length
             filled = tokens / lengths.sum()
             row = {
                 "tokens": tokens,
@@ -171,7 +171,7 @@ class RunnerBase:
             self._checked_state()
             self._load_trained(self.checkpoint.tensors())
         results = self.evaluator.test("test")
-        if self.run_config.valid_splits:
+        if self.data.valid:
             results |= {f"valid/{name}": value for name, value in self.evaluator.validate().items()}
         if self.run_config.evaluate_blind:
             results |= self.evaluator.test("blind", blind=True)
@@ -229,7 +229,7 @@ class RunnerBase:
         run, last = self.run_config, step == self.span.total_steps
         per_epoch = self.span.steps_per_epoch
         valid_loss = None
-        if run.valid_splits and (last or step % (run.eval_freq or per_epoch) == 0):
+        if self.data.valid and (last or step % (run.eval_freq or per_epoch) == 0):
             values = self.evaluator.validate()
             valid_loss = values["loss"]
             self._write_metrics("valid", step, values)
@@ -246,7 +246,7 @@ class RunnerBase:
     ) -> None:
         samples, supervised, positions, pad, images, bad = self.data_world.sum(
             sum(b.num_samples for b in batches),
-            sum(b.num_tokens for b in batches),
+            sum(b.supervised_tokens for b in batches),
             sum(b.input_ids.numel() for b in batches),
             sum(b.num_pad for b in batches),
             sum(_images_in(b) for b in batches),
@@ -384,8 +384,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def _images_in(batch: Batch) -> int:
-    images = batch.pixel_values if batch.features is None else batch.features
-    return 0 if images is None else len(images)
+    return len(batch.tiles)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

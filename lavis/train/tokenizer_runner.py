@@ -11,7 +11,8 @@ from typing import Any
 from lavis.config.recipe import Recipe
 from lavis.core.errors import ConfigError
 from lavis.core.paths import cache_root
-from lavis.core.registries import DATASETS, RUNNERS, TASKS
+from lavis.core.registries import RUNNERS, TASKS
+from lavis.data.assemble import examples_of
 from lavis.runs.folder import SUMMARY, open_run_folder
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,7 @@ class TokenizerRunner:
         folder = open_run_folder(self.recipe).path
         (folder / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         task = TASKS.get(self.recipe.run.task)(self.recipe)
-        builders = [DATASETS.get(name)(name, config) for name, config in self.recipe.datasets.items()]
-        splits = self.recipe.run.train_splits
-        tokenizer = task.fit(c for b in builders for split in splits for c in b.conversations(split))
+        tokenizer = task.fit(examples_of(self.recipe, "train"))
         assert self.recipe.run.export
         written = task.export(tokenizer, cache_root() / Path(self.recipe.run.export))
         summary = {

@@ -128,15 +128,15 @@ def test_packed_rows_equal_the_same_samples_padded(cache, tmp_path):
 
 
 def padded_loss(recipe, samples):
-    from lavis.data.image import EvalImage
+    from lavis.data.assemble import media_processor
     from lavis.data.loader import ImageFolder, collate
     from lavis.objectives.image_text import ImageTextPretrain
 
     torch.manual_seed(42)
     task = ImageTextPretrain(recipe)
     model = task.build_model(torch.device("cpu"))
-    images = ImageFolder(EvalImage.from_config(recipe.datasets["shapes_instruction"].vis_processor.train))
+    images = ImageFolder(media_processor(recipe.model, training=True))
     pixels, _ = images.load([p for s in samples for p in s.images], 0)
     batch = collate([[s] for s in samples], pixels, task.template.pad_token_id, None)
     with torch.no_grad():
-        return (model(batch).loss_sum / batch.num_tokens).item()
+        return (model(batch).loss_sum / batch.supervised_tokens).item()
