@@ -52,9 +52,9 @@ def kept(tmp_path, monkeypatch):
 def test_recipes_and_saved_configurations_are_read(kept, name):
     """The flat recipe and the configuration that was saved with all its values mean the same."""
     recipe, saved = load_recipe(f"recipes/{name}.yaml"), load_recipe(f"runs/{name}/config.yaml")
-    assert (recipe.model, recipe.datasets, recipe.run) == (saved.model, saved.datasets, saved.run)
+    assert (recipe.model, recipe.data, recipe.run) == (saved.model, saved.data, saved.run)
     of_checkpoint = load_recipe(f"runs/{name}/checkpoints/step-3/config.yaml")
-    assert (of_checkpoint.datasets, of_checkpoint.run) == (saved.datasets, saved.run)
+    assert (of_checkpoint.data, of_checkpoint.run) == (saved.data, saved.run)
     assert main(["configs", "check", f"recipes/{name}.yaml"]) == 0
 
 

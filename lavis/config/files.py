@@ -63,8 +63,11 @@ def needed_files(recipe: Recipe) -> list[NeededFile]:
     A source of data that generates its rows needs none.
     """
     files = list(model_files(recipe.model))
-    for key, entry in recipe.data.entries():
-        files += _entry_files(key, entry)
+    seen: set[tuple[str, str]] = set()
+    for file in (file for key, entry in recipe.data.entries() for file in _entry_files(key, entry)):
+        if (file.kind, file.name) not in seen:  # entries may share a file or an image folder
+            seen.add((file.kind, file.name))
+            files.append(file)
     resume = {key: getattr(recipe.run, key) for key in ("resume_ckpt_path", "resume_ckpt_load_dir")}
     return [*files, *(NeededFile(f"run.{key}", "checkpoint", path) for key, path in resume.items() if path)]
 

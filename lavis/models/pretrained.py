@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
+from lavis.config.recipe import load_model_config
 from lavis.config.typed import Problem, read_dataclass
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.json_file import read_json
@@ -103,6 +104,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_section(values: Mapping[str, Any], folder: Path) -> MiniGPT4QwenConfig:
     problems: list[Problem] = []
+    if "media" not in values:  # saved before pictures were the model's matter: then those of its type
+        values = {**values, "media": asdict(load_model_config(values["arch"], values["model_type"]).media)}
     config = read_dataclass(MiniGPT4QwenConfig, values, "model", problems)
     if problems:
         raise ConfigError(

@@ -93,7 +93,7 @@ class RunnerBase:
         self.model: nn.Module = self._build_model()
         self.model.train()
         self.counts = self._count_parameters()
-        if self.run_config.cache_features:
+        if self.recipe.data.cache_features:
             self._cache_features(self.model)
         self.frozen = {key: identity(path) for key, path in self.task.frozen_files().items()}
         self.evaluator = Evaluator(self.recipe, self.task, self.data, self.model, self.data_world, self.folder)
