@@ -3,53 +3,44 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from lavis.config.layers import Layer
-from lavis.config.typed import Problem
-
+Plain = dict[str, Any]
 _LISTS = ("train", "valid", "test")
 
 
-def with_changed_entries(layers: Sequence[Layer]) -> tuple[list[Layer], list[Problem]]:
-    """The layers, in which `data.train.0.weight=2` or `data.train.NAME.weight=2` has become the changed list.
+def change_entries(layers: Sequence[Plain]) -> list[tuple[str, str]]:
+    """Make `data.train.0.weight=2` or `data.train.NAME.weight=2` of a layer the list of those below it, so changed.
 
-    The problems name what changes no entry.
+    The layers are changed in place. Returns (key, message) of what changes no entry.
     """
-    problems: list[Problem] = []
+    wrong: list[tuple[str, str]] = []
     below: dict[str, list[Any]] = {}
-    result = []
     for layer in layers:
-        data = layer.plain.get("data")
-        changed = {}
-        for name in _LISTS if isinstance(data, Mapping) else ():
+        data = layer.get("data")
+        for name in _LISTS if isinstance(data, dict) else ():
             value = data.get(name)
             if isinstance(value, Mapping):
-                value = changed[name] = _changed(below.get(name, []), value, f"data.{name}", problems)
+                data[name] = value = _changed(below.get(name, []), value, f"data.{name}", wrong)
             if isinstance(value, list):
                 below[name] = value
-        plain = {**layer.plain, "data": {**data, **changed}} if changed and isinstance(data, Mapping) else None
-        result.append(dataclasses.replace(layer, values=OmegaConf.create(plain)) if plain else layer)
-    return result, problems
+    return wrong
 
 
-def _changed(entries: list[Any], changes: Mapping[Any, Any], key: str, problems: list[Problem]) -> list[Any]:
+def _changed(entries: list[Any], changes: Mapping[Any, Any], key: str, wrong: list[tuple[str, str]]) -> list[Any]:
     entries = copy.deepcopy(entries)
     for which, change in changes.items():
         found = [e for i, e in enumerate(entries) if str(which) in (str(i), e.get("name"), e.get("source"))]
         if not found:
             names = ", ".join(f"{i} ({e.get('name') or e.get('source', 'files')})" for i, e in enumerate(entries))
-            problems.append(Problem(f"{key}.{which}", f"there is no such entry (there are: {names or 'none'})"))
+            wrong.append((f"{key}.{which}", f"there is no such entry (there are: {names or 'none'})"))
         for entry in found:
             _merge(entry, change)
     return entries
 
 
-def _merge(entry: dict[str, Any], change: Any) -> None:
+def _merge(entry: Plain, change: Any) -> None:
     for name, value in change.items() if isinstance(change, Mapping) else ():
         if isinstance(value, Mapping) and isinstance(entry.get(name), dict):
             _merge(entry[name], value)

@@ -35,7 +35,6 @@ from lavis.config.layers import (
     translated,
     where,
 )
-from lavis.config.lists import with_changed_entries
 from lavis.config.rules import RULES
 from lavis.config.schema import DataConfig, DataEntry, ModelConfig, PreprocessConfig, RunConfig
 from lavis.config.typed import Problem, choices, defaults, iter_fields, join, read_dataclass
@@ -220,11 +219,15 @@ def _default_layers(user: Sequence[Layer]) -> list[Layer]:
     return [read_layer(p) for p in ([path] if path else []) + datasets]
 
 
-def _dataset_names(layers: Sequence[Layer]) -> list[str]:
-    datasets = merged(layers).get("datasets") or {}
-    if not isinstance(datasets, Mapping):
-        raise ConfigError(f"datasets: {datasets!r} is not a mapping of dataset names ({where('datasets', layers)}).")
-    return list(map(str, datasets))
+def _dataset_names(written: Sequence[Layer]) -> list[str]:
+    """Names in the older section `datasets`, whose default YAML files lie below the recipe."""
+    names: dict[str, None] = {}
+    for layer in written:
+        datasets = layer.plain.get("datasets") or {}
+        if not isinstance(datasets, Mapping):
+            raise ConfigError(f"datasets: {datasets!r} is not a mapping of dataset names ({layer.label}).")
+        names |= dict.fromkeys(map(str, datasets))
+    return list(names)
 
 
 def _model_yaml(arch: str, model_type: str, written: str = "") -> Path | None:
@@ -255,8 +258,7 @@ def _build(written: Sequence[Layer], source: Path) -> Recipe:
     layers, problems = translated(written)
     for layer in layers:
         layer.values.pop("preprocess", None)
-    layers, unknown = with_changed_entries(_with_defaults(layers))
-    problems += unknown
+    layers = _with_defaults(layers)
     values = resolved(layers, source)
     problems += [Problem(str(k), "unknown section", SECTIONS) for k in values if k not in SECTIONS]
     model = read_dataclass(MODEL_CONFIGS.get(values["model"]["arch"]), values["model"], "model", problems)

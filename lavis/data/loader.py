@@ -91,7 +91,7 @@ class ImageFolder:
         except UNREADABLE as error:
             if path not in self._logged:
                 self._logged.add(path)
-                logger.warning("image %s cannot be read (%s); a blank one takes its place", path, error)
+                logger.warning("image %s can't be read (%s); a blank one takes its place", path, error)
             return None
 
 
