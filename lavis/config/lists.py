@@ -19,7 +19,9 @@ def change_entries(layers: Sequence[Plain]) -> list[tuple[str, str]]:
     below: dict[str, list[Any]] = {}
     for layer in layers:
         data = layer.get("data")
-        for name in _LISTS if isinstance(data, dict) else ():
+        if not isinstance(data, dict):
+            continue
+        for name in _LISTS:
             value = data.get(name)
             if isinstance(value, Mapping):
                 data[name] = value = _changed(below.get(name, []), value, f"data.{name}", wrong)

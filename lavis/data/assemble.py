@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lavis.config.schema import DataEntry, ModelConfig, ProcessorConfig
 from lavis.core.errors import ConfigError, DataError
@@ -65,9 +65,10 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
         raise DataError(f"the tokenizer in {folder} is not a fast one: save a tokenizer.json beside it.")
     if model.chat_template:
         tokenizer.chat_template = model.chat_template
+    fast = cast("PreTrainedTokenizerFast", tokenizer)
     if tokens_per_tile(model):
-        ensure_image_token(tokenizer)
-    return tokenizer
+        ensure_image_token(fast)
+    return fast
 
 
 # ---- the model's pictures
@@ -105,8 +106,9 @@ def make_template(model: Any, entry: DataEntry, tokenizer: PreTrainedTokenizerFa
     if entry.kind == "document":
         return DocumentTemplate(tokenizer, model.max_txt_len)
     chat = ChatTemplate(tokenizer, media_spec(model), entry.supervise, model.max_txt_len)
-    templates = {"pair": PairTemplate, "prompt": PromptTemplate}
-    return templates[entry.kind](chat) if entry.kind in templates else chat
+    if entry.kind == "pair":
+        return PairTemplate(chat)
+    return PromptTemplate(chat) if entry.kind == "prompt" else chat
 
 
 # ---- entries

@@ -15,8 +15,9 @@ from lavis.core.types import RowError
 Row = dict[str, Any]
 OnError = Callable[[RowError], None]
 
-_JSON_COLUMNS = ("conversations", "messages", "image", "images", "instruction", "output")
-_JSON_COLUMNS += ("prompt", "chosen", "rejected")
+_JSON_COLUMNS = frozenset(
+    ["conversations", "messages", "image", "images", "instruction", "output", "prompt", "chosen", "rejected"]
+)
 """Columns of a CSV file whose cells may hold a list, or an object, in JSON."""
 
 

@@ -159,7 +159,7 @@ class EvalImage:
 
     def _normalised(self, image: Image.Image) -> torch.Tensor:
         pixels = np.asarray(image, dtype=np.float32) / 255
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 

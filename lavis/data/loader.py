@@ -61,7 +61,7 @@ class ImageFolder:
 
         Random crops depend on `seed` and the file's name, so that they are the same on every machine.
         """
-        wanted = tiles or [None] * len(paths)
+        wanted: Sequence[int | None] = tiles or [None] * len(paths)
         images = [self._read(path, seed, count) for path, count in zip(paths, wanted, strict=True)]
         size = self.processor.image_size
         shown = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.text import Text
 
@@ -73,7 +73,7 @@ def render_sample(sample: Sample, tokenizer: PreTrainedTokenizerFast, template: 
                 text.append(f"[image ×{span.length}{_tiles(span)} {span.ref.path}]", IMAGE)
                 shown += span.length
         else:
-            decoded = tokenizer.decode(ids)
+            decoded = cast("str", tokenizer.decode(ids))
             text.append(
                 f"⟦{decoded}⟧" if kind == "supervised" else decoded, SUPERVISED if kind == "supervised" else MASKED
             )

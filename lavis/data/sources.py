@@ -118,7 +118,7 @@ def place_of(example: Example) -> float:
         conversation = example.chosen if isinstance(example, Pair) else example
         content = conversation.images or [(m.role, m.text) for m in conversation.messages]
     digest = hashlib.sha256(json.dumps(content).encode()).digest()
-    return int.from_bytes(digest[:6]) / 2**48
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _detect(row: Row, where: str, key: str) -> str:

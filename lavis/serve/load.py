@@ -111,7 +111,7 @@ def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, llm_devic
     return _ready(folder.name, model, tokenizer, _exported_media(folder, config), device)
 
 
-def _exported_media(folder: Path, config: MiniGPT4QwenConfig) -> MediaSpec:
+def _exported_media(folder: Path, config: Any) -> MediaSpec:
     """The model's, with the processor that `lavis export hf` wrote; a folder of save_pretrained has none."""
     media = media_spec(config)
     assert media
@@ -178,7 +178,8 @@ def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _ready(name: str, model: Any, tokenizer: Any, media: MediaSpec | None, device: torch.device) -> ChatModel:
-    if isinstance(model, MiniGPT4Qwen) and model.config.get_lora and not model.config.llm_quantization:
+    config: Any = model.config if isinstance(model, MiniGPT4Qwen) else None
+    if config and config.get_lora and not config.llm_quantization:
         merge_lora(model)
     model.requires_grad_(False)
     return ChatModel(name, model.to(device).eval(), tokenizer, media, device)

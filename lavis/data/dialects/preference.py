@@ -14,7 +14,7 @@ from lavis.core.registries import DIALECTS
 from lavis.core.types import Conversation, Message, Pair, RowError
 from lavis.data.dialects.conversations import turn_of, turns_of
 from lavis.data.dialects.messages import read_messages
-from lavis.data.dialects.turns import BARE_TAG, TAG, place_images
+from lavis.data.dialects.turns import BARE_TAG, TAG, message, place_images
 from lavis.data.dialects.values import images_of, labels_of, text_of, texts_of
 from lavis.data.files import Row
 
@@ -84,7 +84,7 @@ def _messages(value: Any, role: str, key: str, images: list[str], where: str) ->
         value = [value]
     if not isinstance(value, list):
         text = text_of(value, key, where)
-        return place_images([(role, text)], images, BARE_TAG, where) if role == "user" else [Message(role, (text,))]
+        return place_images([(role, text)], images, BARE_TAG, where) if role == "user" else [message(role, [text])]
     if value and isinstance(value[0], dict) and "from" in value[0]:
         return place_images([turn_of(turn, where) for turn in value], images, BARE_TAG, where)
     return read_messages(value, images, where)
