@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lavis.config.compat.data import DATASETS
 from lavis.config.recipe import load_dataset_config, load_model_config, load_preprocess_config, model_types
 from lavis.config.schema import PreprocessConfig
 from lavis.core.paths import CONFIGS_ROOT
-from lavis.core.registries import DATASETS, MODELS
+from lavis.core.registries import MODELS, SOURCES
 from lavis.models.parts import Init
 
 if TYPE_CHECKING:
@@ -60,13 +62,12 @@ def load_dataset(
     `cfg_path` overrides its default YAML with a file that has `datasets.<name>`; `vis_path` is the image folder;
     `data_type` replaces the one of the YAML. Raises DataError for missing or unreadable annotations.
     """
-    config = load_dataset_config(name, cfg_path)
-    if vis_path is not None:
-        config.build_info.images.storage = vis_path
-    if data_type is not None:
-        config.data_type = data_type
-    builder = DATASETS.get(name)(name, config)
-    return {split: list(builder.conversations(split)) for split in builder.splits}
+    data: dict[str, list[Conversation]] = {}
+    for split, entry in load_dataset_config(name, cfg_path).items():
+        images = None if data_type == "text" else vis_path or entry.images
+        source = SOURCES.get(entry.source)(replace(entry, images=images), f"datasets.{name}", split)
+        data[split] = list(source.examples())
+    return data
 
 
 class ModelZoo:
@@ -85,7 +86,7 @@ class DatasetZoo:
     """Datasets and the splits of their default YAML; printing it gives a table, iterating gives (dataset, splits)."""
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        return ((name, list(load_dataset_config(name).build_info.annotations)) for name in DATASETS.list())
+        return ((name, list(load_dataset_config(name))) for name in sorted(DATASETS))
 
     def __str__(self) -> str:
         return _table(("Datasets", "Splits"), [(name, ", ".join(splits)) for name, splits in self])

@@ -52,9 +52,9 @@ def kept(tmp_path, monkeypatch):
 def test_recipes_and_saved_configurations_are_read(kept, name):
     """The flat recipe and the configuration that was saved with all its values mean the same."""
     recipe, saved = load_recipe(f"recipes/{name}.yaml"), load_recipe(f"runs/{name}/config.yaml")
-    assert (recipe.model, recipe.datasets, recipe.run) == (saved.model, saved.datasets, saved.run)
+    assert (recipe.model, recipe.data, recipe.run) == (saved.model, saved.data, saved.run)
     of_checkpoint = load_recipe(f"runs/{name}/checkpoints/step-3/config.yaml")
-    assert (of_checkpoint.datasets, of_checkpoint.run) == (saved.datasets, saved.run)
+    assert (of_checkpoint.data, of_checkpoint.run) == (saved.data, saved.run)
     assert main(["configs", "check", f"recipes/{name}.yaml"]) == 0
 
 
@@ -73,11 +73,11 @@ def test_keys_of_a_recipe_keep_their_meaning(kept):
     assert (connector.train, llm.train) == ("full", "lora")
     assert (llm.lora.rank, llm.lora.alpha, llm.lora.dropout, llm.lora.targets) == (2, 8, 0.2, "linear")
     assert (connector.num_query_token, tower.image_size, model.max_length) == (4, 64, 128)
-    assert list(recipe.datasets) == ["minigpt4_instruction", "llava_instruction"]
-    info = recipe.datasets["minigpt4_instruction"].build_info
-    assert info.annotations["train"].storage == ["data/train.json"] and info.images.storage == "data/pictures"
+    assert [entry.name for entry in recipe.data.train] == ["minigpt4_instruction", "llava_instruction"]
+    first = recipe.data.train[0]
+    assert first.path == ["data/train.json"] and first.images == "data/pictures"
     assert (run.init_lr, run.warmup_steps, run.beta2, run.max_steps, run.accum_grad_iters) == (1e-2, 2, 0.98, 6, 2)
-    assert run.train_dataset_ratios == {"minigpt4_instruction": 3, "llava_instruction": 1}
+    assert [entry.weight for entry in recipe.data.train] == [3, 1]
     assert (run.eval_freq, run.save_freq, run.seed, run.output_dir) == (3, 3, 7, "output/lora")
 
 

@@ -45,7 +45,7 @@ def by_hand() -> list[float]:
             # forward and backward of each micro-batch, sum over ranks, clip, update
             result = strategy.step(batches, rate, step + 1)
             losses.append(result.loss)
-            tokens, images = sum(b.num_tokens for b in batches), sum(len(b.pixel_values) for b in batches)
+            tokens, images = sum(b.supervised_tokens for b in batches), sum(len(b.pixel_values) for b in batches)
             print(
                 f"step {step + 1}: {len(batches)} micro-batches, {images} images, {tokens} supervised tokens, rate"
                 f" {rate:.1e}, loss {result.loss:.6f}"

@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.set_defaults(act=_check)
 
     show = actions.add_parser("show", help="samples as the model gets them, with the supervised tokens marked")
-    show.add_argument("-n", "--num", type=int, default=3, help="samples of each dataset (default 3)")
-    show.add_argument("--split", default="train", help="split (default train)")
+    show.add_argument("-n", "--num", type=int, default=3, help="samples of each entry (default 3)")
+    show.add_argument("--split", default="train", help="train, valid or test, or the split of an entry (default train)")
     show.set_defaults(act=_show)
 
     for action in (check, show):

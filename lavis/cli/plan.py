@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of each card: 24GiB, 22GB")
     parser.add_argument(
-        "--tokens", type=int, metavar="N", help="longest row (default: model.max_length, or run.pack_length)"
+        "--tokens", type=int, metavar="N", help="longest row (default: model.max_length, or data.pack_length)"
     )
     parser.add_argument(
         "--images", type=int, metavar="N", help="images of a row (default 1, or as many as fit into a packed one)"
@@ -126,11 +126,11 @@ def _report(
         )
     else:
         lines += [f"Proposed: {best.layout}", f"  {command}"]
-        if best.batch.rows > 1 and not planner.run.packing:
+        if best.batch.rows > 1 and not planner.data.packing:
             total = best.batch.rows * best.batch.tokens
             lines.append(
-                f"  Samples of unlike lengths: run.packing=true run.pack_length={total} run.batch_size_train=1 takes as"
-                " much memory and pads less."
+                f"  Samples of unlike lengths: data.packing=true data.pack_length={total} run.batch_size_train=1 takes"
+                " as much memory and pads less."
             )
     if machine.device == "cpu":
         lines.append(

@@ -58,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
 def _build(jobs: int, names: list[str]) -> int:
     from lavis.config.recipe import load_recipe
     from lavis.core.logging import setup_logging
-    from lavis.data.assemble import make_builders
+    from lavis.data.assemble import portions
 
     setup_logging()
-    for builder in make_builders(load_recipe("shapes/align")):
-        builder.annotation_files("train")  # draws the pictures, before two recipes want them at once
+    for portion in portions(load_recipe("shapes/align")):
+        portion.source.files()  # draws the pictures, before two recipes want them at once
     logs = Path("output/shapes/logs")
     logs.mkdir(parents=True, exist_ok=True)
     futures: dict[str, Future[None]] = {}

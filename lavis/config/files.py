@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lavis.config.rules import generates_itself
 from lavis.core.paths import resolve
 
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
-    from lavis.config.schema import ModelConfig
+    from lavis.config.schema import DataEntry, ModelConfig
 
 Kind = Literal["weights", "llm", "tokenizer", "annotations", "images", "checkpoint"]
 MADE_HERE = "shapes/"
@@ -55,12 +54,14 @@ class NeededFile:
 def needed_files(recipe: Recipe) -> list[NeededFile]:
     """Every weight, LLM, tokenizer, annotation file, image folder and checkpoint that `recipe` names.
 
-    A dataset that generates itself needs none.
+    A source of data that generates its rows needs none.
     """
     files = list(model_files(recipe.model))
-    for name in recipe.datasets:
-        if not generates_itself(name):
-            files += _dataset_files(recipe, name)
+    seen: set[tuple[str, str]] = set()
+    for file in (file for key, entry in recipe.data.entries() for file in _entry_files(key, entry)):
+        if (file.kind, file.name) not in seen:  # entries may share a file or an image folder
+            seen.add((file.kind, file.name))
+            files.append(file)
     resume = {key: getattr(recipe.run, key) for key in ("resume_ckpt_path", "resume_ckpt_load_dir")}
     return [*files, *(NeededFile(f"run.{key}", "checkpoint", path) for key, path in resume.items() if path)]
 
@@ -98,10 +99,8 @@ def model_files(model: ModelConfig) -> Iterator[NeededFile]:
     return (NeededFile(*file) for file in found if known[file.name] is file)
 
 
-def _dataset_files(recipe: Recipe, name: str) -> Iterator[NeededFile]:
-    info, prefix = recipe.datasets[name].build_info, f"datasets.{name}.build_info"
-    for split, source in info.annotations.items():
-        for storage, url, sha256 in source.files():
-            yield NeededFile(f"{prefix}.annotations.{split}.storage", "annotations", storage, url, sha256)
-    if info.images.storage:
-        yield NeededFile(f"{prefix}.images.storage", "images", info.images.storage)
+def _entry_files(key: str, entry: DataEntry) -> Iterator[NeededFile]:
+    for path, url, sha256 in entry.files():
+        yield NeededFile(f"{key}.path", "annotations", path, url, sha256)
+    if entry.images:
+        yield NeededFile(f"{key}.images", "images", entry.images)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis.config.compat import holds, translate
+from lavis.config.lists import change_entries
 from lavis.config.typed import Problem
 from lavis.core.errors import ConfigError
 from lavis.core.logging import info_once
@@ -53,11 +54,12 @@ def translated(layers: Sequence[Layer]) -> tuple[list[Layer], list[Problem]]:
     """The layers of one recipe, lowest first, in today's spelling, and what has no translation."""
     plain = [layer.plain for layer in layers]
     new, found, wrong = translate(plain)
+    problems = [Problem(key, message) for key, message in (*wrong, *change_entries(new))]
     result = [
         dataclasses.replace(layer, values=OmegaConf.create(values), written=written, renamed=tuple(found))
         for layer, values, written in zip(layers, new, plain, strict=True)
     ]
-    return result, [Problem(key, message) for key, message in wrong]
+    return result, problems
 
 
 def mention_renamed(layers: Sequence[Layer]) -> None:

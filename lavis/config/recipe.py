@@ -1,7 +1,7 @@
 """Recipes: one YAML file names model, data and run. Here it is merged with the defaults, checked and typed.
 
-Later layers win: schema < lavis/configs/models/<arch>/<model_type>.yaml < lavis/configs/datasets/<builder>.yaml <
-recipe < --options.
+Later layers win: schema < lavis/configs/models/<arch>/<model_type>.yaml < recipe < --options. Where a recipe has the
+older `datasets.<builder>`, lavis/configs/datasets/<builder>.yaml lies below it.
 Nothing here imports torch: a wrong recipe is told in a fraction of a second.
 """
 
@@ -18,6 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from lavis.config.compat import leaves
+from lavis.config.compat.data import entry_of, splits_of
 from lavis.config.deepspeed import DEEPSPEED_RUNNERS, shared_values
 from lavis.config.files import missing_files
 from lavis.config.layers import (
@@ -35,18 +36,26 @@ from lavis.config.layers import (
     where,
 )
 from lavis.config.rules import RULES
-from lavis.config.schema import DatasetConfig, ModelConfig, PreprocessConfig, ProcessorConfig, ProcessorPair, RunConfig
+from lavis.config.schema import (
+    DataConfig,
+    DataEntry,
+    ModelConfig,
+    PreprocessConfig,
+    ProcessorConfig,
+    ProcessorPair,
+    RunConfig,
+)
 from lavis.config.typed import Problem, choices, defaults, iter_fields, join, read_dataclass
 from lavis.core.errors import ConfigError, RegistryError, did_you_mean
 from lavis.core.logging import warn_once
 from lavis.core.paths import CONFIGS_ROOT, PROJECTS_ROOT
-from lavis.core.registries import DATASETS, MODEL_CONFIGS
+from lavis.core.registries import MODEL_CONFIGS
 from lavis.models.parts import MediaConfig
 
 __all__ = ["Recipe", "find_recipe", "load_dataset_config", "load_model_config", "load_preprocess_config", "load_recipe"]
 __all__ += ["missing_files", "model_types", "recipe_from_dict", "shipped_recipes", "validate"]
 
-SECTIONS = ("model", "init", "datasets", "run")
+SECTIONS = ("model", "init", "data", "run")
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Recipe:
     """A resolved recipe. `origins` says for each dotted key where its value comes from."""
 
     model: ModelConfig
-    datasets: dict[str, DatasetConfig]
+    data: DataConfig
     run: RunConfig
     source: Path
     origins: dict[str, str]
@@ -65,7 +74,7 @@ class Recipe:
         return {
             "model": dataclasses.asdict(self.model),
             "init": self.init,
-            "datasets": {name: dataclasses.asdict(config) for name, config in self.datasets.items()},
+            "data": dataclasses.asdict(self.data),
             "run": dataclasses.asdict(self.run),
         }
 
@@ -160,12 +169,21 @@ def processors(media: MediaConfig, image_size: int) -> ProcessorPair:
     return ProcessorPair(train, ProcessorConfig(name=media.processor, **size))
 
 
-def load_dataset_config(builder: str, path: str | Path | None = None) -> DatasetConfig:
-    """The section `datasets.<builder>` of its default YAML, overridden by the file at `path` if one is given."""
+def load_dataset_config(builder: str, path: str | Path | None = None) -> dict[str, DataEntry]:
+    """Name of a split to its entry, of LAVIS's section `datasets.<builder>`: its default YAML, overridden by the file
+    at `path` if one is given.
+    """
     user = [Layer(SCHEMA, OmegaConf.create({"datasets": {builder: {}}}))]
-    if path is not None:
-        user.append(read_layer(Path(path)))
-    return _build([*_default_layers(user), *user], Path(path or builder)).datasets[builder]
+    layers = [*_default_layers(user), *user, *([read_layer(Path(path))] if path is not None else [])]
+    problems = [p for p in translated(layers)[1] if p.key.startswith("datasets")]
+    section = resolved(layers, Path(path or builder))["datasets"][builder] or {}
+    entries = {
+        split: read_dataclass(DataEntry, entry_of(builder, section, split), builder, problems)
+        for split in splits_of(builder, section)
+    }
+    if problems:
+        raise ConfigError(_report(problems, layers, str(path or builder)))
+    return entries
 
 
 def model_types(arch: str) -> list[str]:
@@ -196,7 +214,8 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def _check_sections(layer: Layer) -> None:
-    missing = [s for s in ("model", "datasets") if not layer.values.get(s)]
+    given = layer.values.keys() | ({"data"} if layer.values.get("datasets") else set())
+    missing = [s for s in ("model", "data") if s not in given or layer.values.get(s, True) is None]
     if missing:
         raise ConfigError(f"{layer.label}: the recipe lacks the section {' and '.join(map(repr, missing))}.")
 
@@ -223,15 +242,19 @@ def _default_layers(user: Sequence[Layer]) -> list[Layer]:
     today = translated(user)[0]
     preset = _model(today).get("preset")
     files = [_preset_file(str(preset), place("model.preset", today))] if preset else []
-    files += [p for name in _dataset_names(today) if (p := CONFIGS_ROOT / "datasets" / f"{name}.yaml").exists()]
+    files += [p for name in _dataset_names(user) if (p := CONFIGS_ROOT / "datasets" / f"{name}.yaml").exists()]
     return [read_layer(p) for p in files]
 
 
-def _dataset_names(layers: Sequence[Layer]) -> list[str]:
-    datasets = merged(layers).get("datasets") or {}
-    if not isinstance(datasets, Mapping):
-        raise ConfigError(f"datasets: {datasets!r} is not a mapping of dataset names ({where('datasets', layers)}).")
-    return list(map(str, datasets))
+def _dataset_names(written: Sequence[Layer]) -> list[str]:
+    """Names in the older section `datasets`, whose default YAML files lie below the recipe."""
+    names: dict[str, None] = {}
+    for layer in written:
+        datasets = layer.plain.get("datasets") or {}
+        if not isinstance(datasets, Mapping):
+            raise ConfigError(f"datasets: {datasets!r} is not a mapping of dataset names ({layer.label}).")
+        names |= dict.fromkeys(map(str, datasets))
+    return list(names)
 
 
 def _preset_file(preset: str, written: tuple[str, str] = ("model.preset", "")) -> Path:
@@ -257,7 +280,7 @@ def _schema_layer(layers: Sequence[Layer]) -> Layer:
     values = {
         "model": {**defaults(MODEL_CONFIGS.get(arch), model), "arch": arch},
         "init": [],
-        "datasets": {name: defaults(DatasetConfig, {}) for name in _dataset_names(layers)},
+        "data": defaults(DataConfig, {}),
         "run": defaults(RunConfig, {}),
     }
     return Layer(SCHEMA, OmegaConf.create(values))
@@ -272,15 +295,11 @@ def _build(written: Sequence[Layer], source: Path) -> Recipe:
     values = resolved(layers, source)
     problems += [Problem(str(k), "unknown section", SECTIONS) for k in values if k not in SECTIONS]
     model = read_dataclass(MODEL_CONFIGS.get(values["model"]["arch"]), values["model"], "model", problems)
-    datasets = {}
-    for name, section in (values["datasets"] or {}).items():
-        datasets[str(name)] = read_dataclass(DatasetConfig, section, join("datasets", name), problems)
-        if name not in DATASETS:
-            problems.append(Problem(join("datasets", name), "unknown dataset", tuple(DATASETS.list())))
+    data = read_dataclass(DataConfig, values["data"], "data", problems)
     run = read_dataclass(RunConfig, values["run"], "run", problems)
     if problems:
         raise ConfigError(_report(problems, layers, label(source)))
-    recipe = Recipe(model, datasets, run, source, {}, init=values["init"] or [])
+    recipe = Recipe(model, data, run, source, {}, init=values["init"] or [])
     recipe.origins.update({key: origin(key, layers).label for key in recipe.flat()})
     return recipe
 

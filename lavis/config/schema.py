@@ -1,4 +1,4 @@
-"""The typed schema of a recipe: what `run`, `datasets.<name>` and every `model` may hold.
+"""The typed schema of a recipe: what `run`, `data` and every `model` may hold.
 
 Each field is made with `opt`, whose help text (meaning and unit) also feeds docs/recipes.md and `lavis configs show`.
 The models' own sections are in lavis/models/configs.py.
@@ -105,41 +105,6 @@ class ModelConfig:
 
 
 @dataclass
-class AnnotationSource:
-    """Where the annotations of one split are."""
-
-    url: Optional[Any] = opt(
-        None,
-        "https address that `lavis weights --download` fetches a missing file from (one, or a list: one for each file)",
-    )
-    sha256: Optional[Any] = opt(None, "SHA-256 of what is at url, 64 hexadecimal digits (one, or a list)")
-    storage: Optional[Any] = opt(None, "annotation file, or a list of files; relative paths resolve under cache/")
-
-    def files(self) -> list[tuple[str, Optional[str], Optional[str]]]:
-        """(path, address, SHA-256) of each file; the last two are None where they are not given.
-
-        A `url` that is a path, as in the original's files, is no address.
-        """
-        rows = zip_longest(*map(as_list, (self.storage, self.url, self.sha256)))
-        return [(path, url if url and "://" in url else None, sha256) for path, url, sha256 in rows if path]
-
-
-@dataclass
-class ImageSource:
-    """Where the images are."""
-
-    storage: Optional[str] = opt(None, "folder that image paths in annotations are relative to")
-
-
-@dataclass
-class BuildInfo:
-    """Files of a dataset."""
-
-    annotations: dict[str, AnnotationSource] = opt({}, "split name (train, val, test) to its annotation files")
-    images: ImageSource = opt(ImageSource, "image folder")
-
-
-@dataclass
 class ProcessorConfig:
     """An image or text processor."""
 
@@ -149,6 +114,9 @@ class ProcessorConfig:
     std: Optional[list[float]] = opt(None, "per-channel standard deviation of RGB in 0..1; CLIP's when null")
     min_scale: float = opt(0.5, "smallest area share of a random crop (only processors that crop)")
     max_scale: float = opt(1.0, "largest area share of a random crop (only processors that crop)")
+    resize: str = opt("square", "stretch to a square, or pad with the mean colour first", choices=("square", "pad"))
+    tiling: str = opt("none", "how a large picture is cut into tiles", choices=("none", "tiles", "anyres"))
+    max_tiles: int = opt(6, "most tiles of a picture, the whole picture not counted", at_least=1)
     max_words: Optional[int] = opt(None, "text: words kept; null keeps all", at_least=1)
     prompt: Optional[str] = opt(None, "text: put before the caption")
 
@@ -185,19 +153,37 @@ class PreprocessConfig:
 
 
 @dataclass
-class DatasetConfig:
-    """One entry of `datasets`."""
+class TextConfig:
+    """What is done to the questions of conversations, or to captions, before they are tokenised."""
 
-    data_type: str = opt("images", "what the rows refer to", choices=("images", "text"))
-    format: str = opt(
-        "auto",
-        "annotation dialect; auto looks at the keys of each row",
-        choices=("auto", "minigpt4qwen", "llava", "sharegpt", "messages", "alpaca"),
+    name: str = opt("base_instruction", "name of the text processor in the registry", registry="processor")
+    max_words: Optional[int] = opt(None, "words kept; null keeps all", at_least=1)
+    prompt: Optional[str] = opt(None, "put before the text")
+
+
+KINDS = ("conversation", "caption", "document", "pair", "prompt")
+"""Kinds of rows."""
+
+
+@dataclass
+class DataEntry:
+    """One entry of data.train, data.valid or data.test: rows of one kind from one source."""
+
+    name: Optional[str] = opt(None, "what messages call it; null = the name of the source")
+    source: str = opt("files", "where the rows come from: files, or a name in the registry", registry="source")
+    path: Optional[Any] = opt(
+        None, "annotation file, or a list of files (JSON, JSONL, CSV, Parquet); relative paths resolve under cache/"
     )
-    sample_format: str = opt(
-        "chat",
-        "chat: the conversation in the chat template; caption: the last answer alone",
-        choices=("chat", "caption"),
+    images: Optional[str] = opt(None, "folder that image paths in annotations are relative to")
+    format: str = opt("auto", "dialect of the rows; auto looks at the keys of each row")
+    kind: str = opt(
+        "conversation",
+        "what is learned from a row: conversation = its answers; caption = its last answer alone; document = all of its"
+        " text, in blocks of full length; pair = a chosen and a rejected answer; prompt = nothing, it is asked",
+        choices=KINDS,
+    )
+    weight: Optional[float] = opt(
+        None, "share in an epoch of unchanged size, for all entries or none; null = all rows once", at_least=0
     )
     supervise: str = opt(
         "assistant",
@@ -205,10 +191,54 @@ class DatasetConfig:
         "markup = also the control tokens of every turn, as the original did",
         choices=("assistant", "markup"),
     )
-    build_info: BuildInfo = opt(BuildInfo, "files of the dataset")
-    vis_processor: ProcessorPair = opt(ProcessorPair, "image processors")
-    text_processor: TextProcessorPair = opt(TextProcessorPair, "text processors")
-    generate: dict[str, Any] = opt({}, "arguments of a dataset that generates itself (the shapes world): sizes, seed")
+    text: TextConfig = opt(TextConfig, "text processor")
+    split: Optional[str] = opt(
+        None, "name of the results (test/<split>/accuracy), and which part a generated source gives; null = the section"
+    )
+    fraction: Optional[float] = opt(
+        None, "in valid and test: this share of the rows of train is taken out of training; of the entry `name`, or all"
+    )
+    url: Optional[Any] = opt(
+        None,
+        "https address that `lavis weights --download` fetches a missing file from (one, or a list: one for each file)",
+    )
+    sha256: Optional[Any] = opt(None, "SHA-256 of what is at url, 64 hexadecimal digits (one, or a list)")
+    generate: dict[str, Any] = opt({}, "arguments of a source that generates its rows (the shapes world): sizes, seed")
+
+    def files(self) -> list[tuple[str, Optional[str], Optional[str]]]:
+        """(path, address, SHA-256) of each file; the last two are None where they are not given.
+
+        A `url` that is a path, as in the original's files, is no address.
+        """
+        rows = zip_longest(*map(as_list, (self.path, self.url, self.sha256)))
+        return [(path, url if url and "://" in url else None, sha256) for path, url, sha256 in rows if path]
+
+
+@dataclass
+class DataConfig:
+    """The `data` section: which rows are trained and judged on, and how they are brought to the model."""
+
+    train: list[DataEntry] = opt([], "what is trained on")
+    valid: list[DataEntry] = opt([], "whose loss is measured during training")
+    test: list[DataEntry] = opt([], "what is evaluated at the end")
+    packing: bool = opt(False, "pack samples into rows of pack_length with block-diagonal attention")
+    pack_length: int = opt(2048, "tokens of a packed row", at_least=8)
+    length_grouping: bool = opt(True, "put samples of like length into the same micro-batch, which saves padding")
+    num_workers: int = opt(4, "processes per rank that load images; 0 loads in the training process", at_least=0)
+    max_bad_image_share: float = opt(0.01, "stop when more than this share of images could not be read", at_least=0)
+    cache_features: bool = opt(
+        False,
+        "encode each image once with the frozen vision tower and keep the result (needs a frozen tower and an image"
+        " processor without anything random)",
+    )
+
+    def sections(self) -> dict[str, list[DataEntry]]:
+        """Name of a list of entries to its entries."""
+        return {"train": self.train, "valid": self.valid, "test": self.test}
+
+    def entries(self) -> list[tuple[str, DataEntry]]:
+        """(dotted key, entry) of all entries."""
+        return [(f"data.{name}.{i}", e) for name, entries in self.sections().items() for i, e in enumerate(entries)]
 
 
 @dataclass
@@ -239,16 +269,6 @@ class RunConfig:
         "samples (packed: rows) per optimiser step over all ranks; accum_grad_iters then follows from it",
         at_least=1,
     )
-    num_workers: int = opt(4, "processes per rank that load images; 0 loads in the training process", at_least=0)
-    packing: bool = opt(False, "pack samples into rows of pack_length with block-diagonal attention")
-    pack_length: int = opt(2048, "tokens of a packed row", at_least=8)
-    length_grouping: bool = opt(True, "put samples of like length into the same micro-batch, which saves padding")
-    max_bad_image_share: float = opt(0.01, "stop when more than this share of images could not be read", at_least=0)
-    cache_features: bool = opt(
-        False,
-        "encode each image once with the frozen vision tower and Q-Former and keep the result in memory "
-        "(needs a frozen tower and a deterministic image processor)",
-    )
 
     # optimisation
     lr_sched: str = opt("linear_warmup_cosine_lr_step-wise", "learning-rate schedule", registry="lr_schedule")
@@ -269,12 +289,8 @@ class RunConfig:
     autocast_on_cpu: bool = opt(False, "mixed precision on the CPU too (bf16 only)")
     loss_scale: Optional[float] = opt(None, "fixed loss scale of fp16; null scales dynamically", at_least=1)
     seed: int = opt(42, "seed of initialisation, data order and dropout", at_least=0)
-    train_dataset_ratios: dict[str, float] = opt({}, "share of each dataset in an epoch; empty = as many as each has")
 
-    # splits
-    train_splits: list[str] = opt(["train"], "splits trained on")
-    valid_splits: list[str] = opt([], "splits whose loss (and metric) is measured during training")
-    test_splits: list[str] = opt([], "splits evaluated at the end")
+    # evaluation
     evaluate: bool = opt(False, "only evaluate, no training")
     evaluate_blind: bool = opt(False, "evaluate the test splits with the images removed as well")
     evaluate_before: bool = opt(False, "evaluate the test splits before training as well")

@@ -19,6 +19,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "task": registries.OBJECTIVES,
     "runner": registries.STRATEGIES,
     "processor": registries.PROCESSORS,
+    "source": registries.SOURCES,
+    "media_format": registries.MEDIA_FORMATS,
     "lr_schedule": registries.LR_SCHEDULES,
 }
 """What the `registry` of a schema field refers to."""

@@ -39,19 +39,20 @@ EXPORTERS: Registry[Any] = Registry(
 HF_MODELS: Registry[Any] = Registry("transformers model type", lazy={"blip-2": "lavis.models.hf.blip2"})
 """model_type of a transformers folder to what reads it as a Vlm: config(values, where), tensors(tensors) and
 image_token_id(values) of the values in its config.json."""
-DATASETS: Registry[Any] = Registry(
-    "dataset",
-    lazy=dict.fromkeys(
-        [
-            "minigpt4_instruction",
-            "llava_instruction",
-            "instruction",
-            "shapes_instruction",
-            "shapes_caption",
-            "shapes_text",
-        ],
-        "lavis.data.builders",
-    ),
+SOURCES: Registry[Any] = Registry(
+    "source of data",
+    lazy={"files": "lavis.data.sources"}
+    | dict.fromkeys(["shapes_instruction", "shapes_caption", "shapes_text"], "lavis.data.shapes.source"),
+)
+MEDIA_FORMATS: Registry[Any] = Registry(
+    "media format", lazy=dict.fromkeys(["minigpt4qwen", "llava"], "lavis.tokens.media")
+)
+DIALECTS: Registry[Any] = Registry(
+    "dialect of annotations",
+    lazy=dict.fromkeys(["minigpt4qwen", "alpaca"], "lavis.data.dialects.instruction")
+    | dict.fromkeys(["llava", "sharegpt"], "lavis.data.dialects.conversations")
+    | {"messages": "lavis.data.dialects.messages", "text": "lavis.data.dialects.document"}
+    | dict.fromkeys(["preference", "prompt"], "lavis.data.dialects.preference"),
 )
 PROCESSORS: Registry[Any] = Registry(
     "processor",

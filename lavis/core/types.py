@@ -1,7 +1,8 @@
-"""The nouns of the data path: Conversation -> Sample -> Batch. One frozen dataclass each."""
+"""The nouns of the data path: Conversation, Pair or Document -> Sample -> Batch. One frozen dataclass each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,34 +20,47 @@ Role = Literal["system", "user", "assistant"]
 
 
 class RowError(DataError):
-    """A row that can't be used.
+    """A row that cannot be used.
 
-    `reason` is the kind of problem, under which reports count it; `mend` says what to do.
+    `reason` is the kind of problem, under which reports count it; `fix` says what to do.
     """
 
-    def __init__(self, reason: str, where: str, mend: str, detail: str = "") -> None:
-        self.reason, self.where, self.mend = reason, where, mend
-        super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}. {mend}")
+    def __init__(self, reason: str, where: str, fix: str, detail: str = "") -> None:
+        self.reason, self.where, self.fix = reason, where, fix
+        super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}. {fix}")
 
 
 @dataclass(frozen=True)
-class ImageRef:
-    """An image inside a message: a path (relative ones are under the dataset's image folder)."""
+class MediaRef:
+    """A picture inside a message: a path (relative ones are under the data's image folder).
+
+    size: (width, height) of the upright picture in pixels; known only where the number of its tiles depends on it.
+    """
 
     path: str
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `parts` are texts and images in reading order; only user turns hold images."""
+    """One turn. `parts` are texts and pictures in reading order; only user turns hold pictures.
+
+    Nothing that a model wants around a picture stands in the texts: its media format adds that. What separates a
+    picture from the text behind it is one leading space of that text.
+    """
 
     role: Role
-    parts: tuple[str | ImageRef, ...]
+    parts: tuple[str | MediaRef, ...]
 
     @property
     def text(self) -> str:
-        """The turn as text, with IMAGE_TAG for each image."""
+        """The turn as text, with IMAGE_TAG for each picture."""
         return "".join(p if isinstance(p, str) else IMAGE_TAG for p in self.parts)
+
+    @property
+    def words(self) -> str:
+        """The turn as text without its pictures."""
+        return "".join(p for p in self.parts if isinstance(p, str))
 
 
 @dataclass(frozen=True)
@@ -62,29 +76,98 @@ class Conversation:
     lang: str = ""
 
     @property
+    def media(self) -> tuple[MediaRef, ...]:
+        """All pictures in reading order."""
+        return tuple(p for m in self.messages for p in m.parts if isinstance(p, MediaRef))
+
+    @property
     def images(self) -> tuple[str, ...]:
-        """Paths of all images in reading order."""
-        return tuple(p.path for m in self.messages for p in m.parts if isinstance(p, ImageRef))
+        """Paths of all pictures in reading order."""
+        return tuple(ref.path for ref in self.media)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Running text, learned as a whole. `id` names the row in messages."""
+
+    text: str
+    id: str = ""
+
+    @property
+    def media(self) -> tuple[MediaRef, ...]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two conversations that differ in the last answer alone, of which the first was preferred."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+    @property
+    def id(self) -> str:
+        """Names the row in messages."""
+        return self.chosen.id
+
+    @property
+    def media(self) -> tuple[MediaRef, ...]:
+        """Pictures of the prompt, which both have."""
+        return self.chosen.media
+
+    def map(self, change: Callable[[Conversation], Conversation]) -> Pair:
+        """The pair with `change` made to both conversations."""
+        return Pair(change(self.chosen), change(self.rejected))
+
+
+Example = Conversation | Document | Pair
+"""What a dialect makes of a row of a file. A prompt without an answer is a Conversation that ends with the user."""
+
+
+@dataclass(frozen=True)
+class MediaSpan:
+    """Where a picture's vectors go: `length` positions of a sample from `start` on; none where it stands beside it.
+
+    tiles: pieces the picture is cut into, each of which gives an equal share of the vectors.
+    """
+
+    ref: MediaRef
+    start: int
+    length: int
+    tiles: int = 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A tokenised conversation.
+    """A tokenised conversation, or a block of documents.
 
-    input_ids: [L] token ids; each image is a run of `num_query_token` placeholder ids.
+    input_ids: [L] token ids; each picture is a run of placeholder ids.
     labels: [L] the token id where it is supervised, IGNORE_INDEX elsewhere; not shifted; labels[0] is IGNORE_INDEX.
-    images: paths in the order of their placeholder runs (absolute, or relative to the dataset's image folder).
+    media: the pictures with their runs, in reading order (paths absolute, or relative to the data's image folder).
+    parts: lengths of the pieces that do not see each other, documents of a block; empty: one piece.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    images: tuple[str, ...] = ()
+    media: tuple[MediaSpan, ...] = ()
+    parts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
-    def num_tokens(self) -> int:
+    def images(self) -> tuple[str, ...]:
+        """Paths of the pictures in reading order."""
+        return tuple(span.ref.path for span in self.media)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Lengths of the pieces that do not see each other, together the length of the sample."""
+        return self.parts or (len(self),)
+
+    @property
+    def supervised_tokens(self) -> int:
         """Number of supervised tokens."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
@@ -97,11 +180,12 @@ class Batch:
     labels: int64 [B, L], IGNORE_INDEX where not supervised; not shifted.
     position_ids: int64 [B, L]. They restart at 0 with each packed sample, which is what makes attention block-diagonal;
         right padding after a single sample goes on counting (a causal model never looks at it).
-    pixel_values: float32 [N, 3, H, W], the images of all rows in reading order; None when there is no image.
-    features: float32 [N, Q, D], cached Q-Former outputs in place of pixel_values.
+    pixel_values: float32 [T, 3, S, S], the tiles of all pictures of all rows in reading order; None without a picture.
+    features: float32 [T, Q, D], cached outputs of the image encoder in place of pixel_values.
+    tiles: for each picture, how many of the T tiles are its own.
     lengths: for each row, how many of its positions are not padding.
-    num_tokens: supervised tokens; num_samples: conversations (packed ones each count);
-    bad_images: how many images were replaced because they could not be read.
+    num_samples: conversations or blocks (packed ones each count).
+    bad_images: how many pictures were replaced because they could not be read.
     """
 
     input_ids: torch.Tensor
@@ -109,8 +193,9 @@ class Batch:
     position_ids: torch.Tensor
     pixel_values: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    tiles: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
-    num_tokens: int = 0
+    supervised_tokens: int = 0
     num_samples: int = 0
     bad_images: int = 0
 

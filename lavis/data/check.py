@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from lavis.core.errors import DataError
-from lavis.core.types import RowError
-from lavis.data.assemble import load_tokenizer, make_builders, make_template
-from lavis.data.builders import InstructionBuilder
-from lavis.data.prepare import EXAMPLES, PrepareReport
+from lavis.core.types import Example, RowError
+from lavis.data.assemble import Portion, load_tokenizer, make_template, portions
+from lavis.data.prepare import chosen, encoded
+from lavis.data.report import EXAMPLES, PrepareReport
 
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
-    from lavis.data.assemble import Template
+    from lavis.data.prepare import Template
 
 _THREADS = 8
-_CHUNK = 1000
 
 
 @dataclass
@@ -43,48 +41,41 @@ class SplitCheck:
 
 
 def check_recipe(recipe: Recipe) -> Iterator[SplitCheck]:
-    """Check all splits of all datasets. Rows are tokenised too, so that rows too long to learn from are found.
+    """Check all entries of a recipe. Rows are tokenised too, so that rows too long to learn from are found.
 
-    Raises DataError if the tokenizer can't be loaded.
+    Raises DataError if the tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(recipe.model)
-    for builder in make_builders(recipe):
-        template = make_template(recipe.model, builder.config, tokenizer)
-        for split in builder.splits:
-            yield check_split(builder, split, template)
+    for portion in portions(recipe):
+        yield check_portion(portion, make_template(recipe.model, portion.source.entry, tokenizer))
 
 
-def check_split(builder: InstructionBuilder, split: str, template: Template) -> SplitCheck:
-    """Check the rows of a split and the headers of its images. A file that is missing or broken is one problem."""
-    check = SplitCheck(builder.name, split)
+def check_portion(portion: Portion, template: Template) -> SplitCheck:
+    """Check the rows of a portion and the headers of its images. A file that is missing or broken is one problem."""
+    source = portion.source
+    check = SplitCheck(source.name, portion.split)
     first_use: dict[Path, str] = {}
     try:
-        _check_rows(check, builder, split, template, first_use)
+        examples = _noted(chosen(source, portion.share, check.report.drop), source.image_root or Path(), first_use)
+        for sample, rejected, _ in encoded(examples, template, source.image_root, check.report):
+            check.longest = max(check.longest, len(sample), len(rejected or ()))
     except DataError as error:
-        check.report.drop(RowError("an annotation file can't be used", f"dataset {builder.name}", str(error)))
+        check.report.drop(RowError("an annotation file can't be used", f"dataset {source.name}", str(error)))
     check.report.rows = check.report.kept + check.report.num_dropped
     check.images = len(first_use)
     with ThreadPoolExecutor(_THREADS) as pool:
-        for error in pool.map(_image_problem, first_use.items()):
-            if error is not None:
-                check.report.drop(error)
+        for problem in pool.map(_image_problem, first_use.items()):
+            if problem is not None:
+                check.report.drop(problem)
     return check
 
 
-def _check_rows(
-    check: SplitCheck, builder: InstructionBuilder, split: str, template: Template, first_use: dict[Path, str]
-) -> None:
-    root = builder.image_root or Path()
-    conversations = builder.conversations(split, check.report.drop)
-    while chunk := list(islice(conversations, _CHUNK)):
-        for conversation, sample in zip(chunk, template.encode_many(chunk), strict=True):
-            for path in conversation.images:
-                first_use.setdefault(root / path, conversation.id)
-            if isinstance(sample, RowError):
-                check.report.drop(sample)
-            else:
-                check.report.kept += 1
-                check.longest = max(check.longest, len(sample))
+def _noted(examples: Iterable[Example], root: Path, first_use: dict[Path, str]) -> Iterator[Example]:
+    """The examples, while `first_use` learns which row names an image first."""
+    for example in examples:
+        for ref in example.media:
+            first_use.setdefault(root / ref.path, example.id)
+        yield example
 
 
 def _image_problem(use: tuple[Path, str]) -> RowError | None:
@@ -92,7 +83,7 @@ def _image_problem(use: tuple[Path, str]) -> RowError | None:
     path, where = use
     if not path.is_file():
         return RowError(
-            "an image file is missing", where, "Put it there, or mend the path or the image folder.", str(path)
+            "an image file is missing", where, "Put it there, or correct the path or the image folder.", str(path)
         )
     try:
         with warnings.catch_warnings(), Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Query vectors of images, computed once by the frozen tower and kept in a memory-mapped file."""
+"""Vectors of images, computed once by the frozen image encoder and kept in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -7,45 +7,74 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from lavis.core.dist import World
+from lavis.core.errors import DataError
 from lavis.core.paths import cache_root
-from lavis.data.loader import ImageSource
+from lavis.data.loader import ImageFolder, Pixels
 
 log = logging.getLogger(__name__)
 
 
-class CachedFeatures:
-    """An image source that gives `features` [N, Q, D] float32 instead of pixels.
+class ImageEncoder(Protocol):
+    """A model that turns tiles into vectors which its training does not change."""
 
-    `bad`: images that could not be read when it was made.
+    training: bool
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[T, 3, S, S] -> [T, Q, D]."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """As nn.Module's."""
+
+    def train(self, mode: bool = True) -> object:
+        """As nn.Module's."""
+
+
+class CachedFeatures:
+    """An image source that gives `features` [T, Q, D] float32 instead of pixels.
+
+    tiles: path of an image to how many rows of the file are its own, in the file's order.
+    bad: images that could not be read when it was made.
     """
 
-    def __init__(self, file: Path, paths: Sequence[str], bad: int) -> None:
+    def __init__(self, file: Path, tiles: Mapping[str, int], bad: int) -> None:
         self.file, self.bad = file, bad
-        self.rows = {path: i for i, path in enumerate(paths)}
+        ends = np.cumsum(list(tiles.values())).tolist()
+        self.rows = {path: range(end - n, end) for (path, n), end in zip(tiles.items(), ends, strict=True)}
 
-    def load(self, paths: Sequence[str], seed: int) -> tuple[dict[str, torch.Tensor], int]:
-        """Features of `paths` in order, and 0 bad images (they are counted in `bad`)."""
+    def load(self, paths: Sequence[str], seed: int, tiles: Sequence[int] | None = None) -> tuple[Pixels, int]:
+        """Features of `paths` in order, and 0 bad images (they are counted in `bad`).
+
+        Raises DataError where an image has other tiles than when the data was prepared.
+        """
+        rows = [self.rows[path] for path in paths]
+        for path, own, count in zip(paths, rows, tiles or map(len, rows), strict=False):
+            if len(own) != count:
+                raise DataError(
+                    f"{path} has {len(own)} tiles now, but had {count} when the data was prepared: put the image back,"
+                    " or delete cache/prepared so that the data is prepared again."
+                )
         table = np.load(self.file, mmap_mode="r")
-        return {"features": torch.from_numpy(table[[self.rows[p] for p in paths]])}, 0
+        features = torch.from_numpy(table[[i for own in rows for i in own]])
+        return {"features": features, "tiles": tuple(map(len, rows))}, 0
 
 
 def cache_features(
-    model: Any, paths: Sequence[str], images: ImageSource, processor: str, world: World, batch_size: int = 64
+    model: ImageEncoder, paths: Sequence[str], images: ImageFolder, processor: str, world: World, batch_size: int = 64
 ) -> CachedFeatures:
-    """The query vectors of every image in `paths` by `model`'s frozen tower, from cache/features if they are there
-    already.
+    """The vectors of every tile of every image in `paths` by `model`'s frozen encoder, from cache/features if they are
+    there already.
 
-    `images` reads them, with the settings that `processor` describes. The cache's name is a hash of the tower's
-    weights, of these
-    settings and of every file's path, size and time of change, so a changed image or tower is encoded anew.
+    `images` reads them, with the settings that `processor` describes. The cache's name is a hash of the encoder's
+    weights, of these settings and of every file's path, size and time of change, so that a changed image or encoder is
+    encoded again.
     """
     unique = sorted(set(paths))
     folder = cache_root() / "features"
@@ -54,35 +83,55 @@ def cache_features(
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             _encode(model, unique, images, file, world.device, batch_size)
-    return CachedFeatures(file, unique, json.loads(file.with_suffix(".json").read_text())["bad"])
+    made = json.loads(file.with_suffix(".json").read_text())
+    return CachedFeatures(file, dict(zip(unique, made["tiles"], strict=True)), made["bad"])
 
 
 def _encode(
-    model: Any, paths: list[str], images: ImageSource, file: Path, device: torch.device, batch_size: int
+    model: ImageEncoder, paths: list[str], images: ImageFolder, file: Path, device: torch.device, batch_size: int
 ) -> None:
     started = time.perf_counter()
-    tower = model.config.tower
-    vectors = model.config.connector.encoded(tower.span(), tower.width())
-    shape = (len(paths), *vectors)
     temp = file.with_suffix(f".{os.getpid()}.tmp")
-    table = np.lib.format.open_memmap(temp, mode="w+", dtype=np.float32, shape=shape)
+    tiles = [images.num_tiles(path) for path in paths]
+    table = None
     training = model.training
-    model.eval()
-    bad = 0
-    for start in range(0, len(paths), batch_size):
-        chunk = paths[start : start + batch_size]
-        loaded, missing = images.load(chunk, 0)
+    model.train(False)
+    bad = row = 0
+    for chunk, counts in _batches(paths, tiles, batch_size):
+        loaded, missing = images.load(chunk, 0, counts)
         bad += missing
-        table[start : start + len(chunk)] = model.encode_images(loaded["pixel_values"].to(device)).float().cpu().numpy()
-    table.flush()
-    file.with_suffix(".json").write_text(json.dumps({"images": len(paths), "bad": bad}))
+        features = model.encode_images(loaded["pixel_values"].to(device)).float().cpu().numpy()
+        if table is None:  # the first ones tell the shape
+            shape = (sum(tiles), *features.shape[1:])
+            table = np.lib.format.open_memmap(temp, mode="w+", dtype=np.float32, shape=shape)
+        table[row : row + len(features)] = features
+        row += len(features)
+    if table is None:
+        np.save(temp.open("wb"), np.zeros((0, 0, 0), np.float32))
+    else:
+        table.flush()
+    file.with_suffix(".json").write_text(json.dumps({"images": len(paths), "bad": bad, "tiles": tiles}))
     temp.replace(file)
     model.train(training)
     log.info("encoded %d images in %.1f s (%d could not be read)", len(paths), time.perf_counter() - started, bad)
 
 
-def _fingerprint(model: Any, paths: list[str], processor: str) -> str:
-    digest = hashlib.sha256()
+def _batches(paths: Sequence[str], tiles: Sequence[int], most: int) -> Iterator[tuple[list[str], list[int]]]:
+    """Images with their tiles, at most `most` tiles at a time unless one image has more."""
+    chunk: list[str] = []
+    counts: list[int] = []
+    for path, count in zip(paths, tiles, strict=True):
+        if chunk and sum(counts) + count > most:
+            yield chunk, counts
+            chunk, counts = [], []
+        chunk.append(path)
+        counts.append(count)
+    if chunk:
+        yield chunk, counts
+
+
+def _fingerprint(model: ImageEncoder, paths: list[str], processor: str) -> str:
+    digest = hashlib.sha256(b"2")  # raised when the same images would give another file
     for name, tensor in sorted(model.encoder_tensors().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())

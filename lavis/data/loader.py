@@ -6,34 +6,41 @@ import bisect
 import itertools
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lavis.core.errors import DataError
 from lavis.core.types import IGNORE_INDEX, Batch, Sample
-from lavis.data.image import EvalImage
-from lavis.data.prepare import PreparedTable
+from lavis.data.image import UNREADABLE, EvalImage, upright_size
 from lavis.data.sampler import Row, StepPlan
+from lavis.data.table import PreparedTable
 
 logger = logging.getLogger(__name__)
 
-Pixels = dict[str, torch.Tensor]
-"""`pixel_values` float32 [N, 3, H, W] or `features` float32 [N, Q, D]."""
+
+class Pixels(TypedDict, total=False):
+    """Pictures of a batch: `pixel_values` float32 [T, 3, S, S] or `features` float32 [T, Q, D], and which of the T
+    tiles are whose (see Batch).
+    """
+
+    pixel_values: torch.Tensor
+    features: torch.Tensor
+    tiles: tuple[int, ...]
 
 
 class ImageSource(Protocol):
     """Where batches get their images from."""
 
-    def load(self, paths: Sequence[str], seed: int) -> tuple[Pixels, int]:
+    def load(self, paths: Sequence[str], seed: int, tiles: Sequence[int] | None = None) -> tuple[Pixels, int]:
         """The images at `paths` (at least one) in order, and how many of them could not be read.
 
+        tiles: for each image how many the samples have placeholders for; None: as many as it has.
         Anything random depends on `seed` and the path alone.
         """
 
@@ -41,32 +48,47 @@ class ImageSource(Protocol):
 class ImageFolder:
     """Reads image files and puts them through `processor`.
 
-    A file that can't be read becomes an image of the mean colour (zeros after normalisation); each is logged once.
+    A file that cannot be read, or has been changed so that its tiles are others, becomes an image of the mean colour
+    (zeros after normalisation); each is logged once.
     """
 
     def __init__(self, processor: EvalImage) -> None:
         self.processor = processor
         self._logged: set[str] = set()
 
-    def load(self, paths: Sequence[str], seed: int) -> tuple[Pixels, int]:
+    def load(self, paths: Sequence[str], seed: int, tiles: Sequence[int] | None = None) -> tuple[Pixels, int]:
         """See ImageSource.
 
         Random crops depend on `seed` and the file's name, so that they are the same on every machine.
         """
-        images = [self._read(path, seed) for path in paths]
+        wanted: Sequence[int | None] = tiles or [None] * len(paths)
+        images = [self._read(path, seed, count) for path, count in zip(paths, wanted, strict=True)]
         size = self.processor.image_size
-        blank = torch.zeros(3, size, size)
-        pixels = torch.stack([blank if image is None else image for image in images])
-        return {"pixel_values": pixels}, sum(image is None for image in images)
+        shown = [
+            torch.zeros(count or 1, 3, size, size) if image is None else image
+            for image, count in zip(images, wanted, strict=True)
+        ]
+        pixels: Pixels = {"pixel_values": torch.cat(shown), "tiles": tuple(map(len, shown))}
+        return pixels, sum(image is None for image in images)
 
-    def _read(self, path: str, seed: int) -> torch.Tensor | None:
+    def num_tiles(self, path: str) -> int:
+        """Tiles of an image by its header; 1 for one that cannot be read."""
+        try:
+            return self.processor.num_tiles(upright_size(path)) if self.processor.needs_size else 1
+        except UNREADABLE:
+            return 1
+
+    def _read(self, path: str, seed: int, count: int | None) -> torch.Tensor | None:
         generator = None
         if not self.processor.deterministic:
             generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(Path(path).name.encode())]))
         try:
             with Image.open(path) as image:
-                return self.processor(image, generator)
-        except (OSError, ValueError, SyntaxError, DataError, Image.DecompressionBombError) as error:  # what PIL raises
+                tiles = self.processor.tiles(image, generator)
+            if count is not None and len(tiles) != count:
+                raise ValueError(f"it has {len(tiles)} tiles, not {count} as when the data was prepared")
+            return tiles
+        except UNREADABLE as error:
             if path not in self._logged:
                 self._logged.add(path)
                 logger.warning("image %s can't be read (%s); a blank one takes its place", path, error)
@@ -76,14 +98,14 @@ class ImageFolder:
 class NoImages:
     """For a process that needs ids and labels alone: opens nothing."""
 
-    def load(self, paths: Sequence[str], seed: int) -> tuple[Pixels, int]:
+    def load(self, paths: Sequence[str], seed: int, tiles: Sequence[int] | None = None) -> tuple[Pixels, int]:
         """See ImageSource; no pixels."""
         return {}, 0
 
 
 def collate(
     samples: Sequence[Sequence[Sample]],
-    images: Mapping[str, torch.Tensor],
+    images: Pixels,
     pad_id: int,
     pack_length: int | None,
     bad_images: int = 0,
@@ -91,9 +113,8 @@ def collate(
     """Rows of samples to a Batch, padded on the right to `pack_length`, or without one to the longest row.
 
     images: `pixel_values` or `features` of all rows in reading order; empty when there is none.
-    Positions restart at 0 with each sample of a row. With `pack_length` so does the padding, which then is a run of its
-    own that
-    no sample attends to; without, it goes on counting.
+    Positions restart at 0 with each piece of each sample of a row. With `pack_length` so does the padding, which then
+    is a run of its own that no sample attends to; without, it goes on counting.
     """
     lengths = [sum(map(len, row)) for row in samples]
     width = pack_length or max(lengths)
@@ -104,7 +125,7 @@ def collate(
     for i, (row, length) in enumerate(zip(samples, lengths, strict=True)):
         input_ids[i, :length] = torch.tensor([t for s in row for t in s.input_ids])
         labels[i, :length] = torch.tensor([t for s in row for t in s.labels])
-        runs = [len(s) for s in row]
+        runs = [n for s in row for n in s.runs]
         if pack_length:
             runs.append(width - length)
         else:
@@ -114,7 +135,7 @@ def collate(
         input_ids=input_ids,
         labels=labels,
         position_ids=position_ids,
-        num_tokens=int((labels != IGNORE_INDEX).sum()),
+        supervised_tokens=int((labels != IGNORE_INDEX).sum()),
         num_samples=sum(map(len, samples)),
         lengths=tuple(lengths),
         bad_images=bad_images,
@@ -188,7 +209,7 @@ class _MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, task: _Task) -> Batch:
         samples = [[self._sample(i) for i in row] for row in task.rows]
-        return _load(samples, self._images, task.seed, self._pad_id, self._pack_length)
+        return load_batch(samples, self._images, self._pad_id, self._pack_length, task.seed)
 
     def _sample(self, index: int) -> Sample:
         table = bisect.bisect_right(self._ends, index)
@@ -214,14 +235,19 @@ def eval_batches(
         mine = order[start : start + batch_size * world_size][rank::world_size].tolist()
         samples = [table.sample(i) for i in mine or [int(order[0])]]
         if not mine:
-            samples = [Sample(s.input_ids, (IGNORE_INDEX,) * len(s), s.images) for s in samples]
-        batch = _load([[s] for s in samples], images, 0, pad_id, None)
+            samples = [replace(s, labels=(IGNORE_INDEX,) * len(s)) for s in samples]
+        batch = load_batch([[s] for s in samples], images, pad_id)
         yield batch if mine else replace(batch, num_samples=0)
 
 
-def _load(samples: list[list[Sample]], images: ImageSource, seed: int, pad_id: int, pack_length: int | None) -> Batch:
-    paths = [path for row in samples for sample in row for path in sample.images]
-    pixels, bad = images.load(paths, seed) if paths else ({}, 0)
+def load_batch(
+    samples: Sequence[Sequence[Sample]], images: ImageSource, pad_id: int, pack_length: int | None = None, seed: int = 0
+) -> Batch:
+    """`collate` with the images that the samples name, from `images`."""
+    spans = [span for row in samples for sample in row for span in sample.media]
+    if not spans:
+        return collate(samples, {}, pad_id, pack_length)
+    pixels, bad = images.load([span.ref.path for span in spans], seed, [span.tiles for span in spans])
     return collate(samples, pixels, pad_id, pack_length, bad)
 
 

@@ -23,7 +23,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[
     if len(lengths) and lengths.max() > capacity:
         raise DataError(
             f"a sample of {lengths.max()} tokens does not fit into packed rows of {capacity}. "
-            "Raise run.pack_length to at least model.max_txt_len."
+            "Raise data.pack_length to at least model.max_length."
         )
     order = np.random.default_rng(seed).permutation(len(lengths))
     rows: list[list[int]] = []

@@ -135,7 +135,7 @@ def _pools(
             pools.append([[i] for i in range(offset, offset + size)])
         else:
             bins = pack(
-                lengths[offset : offset + size], pack_length, seed=_generator(seed, _PACKING, pool).integers(2**32)
+                lengths[offset : offset + size], pack_length, seed=int(_generator(seed, _PACKING, pool).integers(2**32))
             )
             pools.append([[offset + i for i in members] for members in bins])
         offset += size

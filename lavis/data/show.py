@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.text import Text
 
-from lavis.core.errors import DataError
-from lavis.core.types import IGNORE_INDEX, RowError, Sample
-from lavis.data.assemble import load_tokenizer, make_builders, make_template
+from lavis.core.types import IGNORE_INDEX, Example, MediaSpan, Sample
+from lavis.data.assemble import load_tokenizer, make_template, named_portions
+from lavis.data.prepare import chosen, encoded
+from lavis.data.report import PrepareReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lavis.config.recipe import Recipe
-    from lavis.data.assemble import Template
+    from lavis.data.prepare import Template
 
 SUPERVISED, MASKED, IMAGE = "bold green", "dim", "magenta"
 LEGEND = Text.assemble(
@@ -27,29 +28,38 @@ LEGEND = Text.assemble(
 
 
 def show_samples(recipe: Recipe, split: str, count: int) -> Iterator[Text]:
-    """A heading and the tokens of the first `count` good rows of each dataset that has the split.
+    """A heading and the tokens of the first `count` good rows of each entry of a section, or of a split.
 
-    Raises DataError if none has it.
+    Raises DataError if there is none.
     """
     tokenizer = load_tokenizer(recipe.model)
-    builders = [b for b in make_builders(recipe) if split in b.splits]
-    if not builders:
-        raise DataError(f"no dataset of the recipe has a split {split!r}. Choose another with --split.")
-    for builder in builders:
-        template = make_template(recipe.model, builder.config, tokenizer)
-        conversations = builder.conversations(split, on_error=lambda error: None)
-        encoded = ((c, template.encode_many([c])[0]) for c in conversations)
-        good = ((c, sample) for c, sample in encoded if not isinstance(sample, RowError))
-        for conversation, sample in islice(good, count):
-            size = f"{len(sample)} tokens, {sample.num_tokens} supervised"
-            heading = Text(f"── {builder.name} {split} · {conversation.id} · {size}\n", style="bold")
-            yield heading + render_sample(sample, tokenizer, template)
+    for portion in named_portions(recipe, split):
+        template = make_template(recipe.model, portion.source.entry, tokenizer)
+        examples = chosen(portion.source, portion.share, on_error=lambda error: None)
+        rows = encoded(examples, template, portion.source.image_root, PrepareReport())
+        for sample, rejected, example in islice(rows, count):
+            name = f"{portion.source.name} {portion.split} · {_name(example)}"
+            yield _titled(name, sample, tokenizer, template)
+            if rejected is not None:
+                yield _titled(f"{name} · rejected", rejected, tokenizer, template)
+
+
+def _name(example: Example | list[str]) -> str:
+    """The row's name; of a block, those of its documents."""
+    if not isinstance(example, list):
+        return example.id
+    return example[0] if len(example) == 1 else f"{example[0]} to {example[-1]} ({len(example)} documents)"
+
+
+def _titled(name: str, sample: Sample, tokenizer: PreTrainedTokenizerFast, template: Template) -> Text:
+    size = f"{len(sample)} tokens, {sample.supervised_tokens} supervised"
+    return Text(f"── {name} · {size}\n", style="bold") + render_sample(sample, tokenizer, template)
 
 
 def render_sample(sample: Sample, tokenizer: PreTrainedTokenizerFast, template: Template) -> Text:
     """The sample's tokens as text: supervised spans in ⟦⟧ and colour, the rest dim, image runs as one mark each."""
-    text, images = Text(), iter(sample.images)
-    image_id = template.image_token_id if sample.images else None
+    text, images = Text(), iter(sample.media)
+    image_id = template.image_token_id if sample.media else None
 
     def sort(pair: tuple[int, int]) -> str:
         return "image" if pair[0] == image_id else "masked" if pair[1] == IGNORE_INDEX else "supervised"
@@ -57,13 +67,20 @@ def render_sample(sample: Sample, tokenizer: PreTrainedTokenizerFast, template: 
     for kind, run in groupby(zip(sample.input_ids, sample.labels, strict=True), key=sort):
         ids = [token for token, _ in run]
         if kind == "image":
-            for _ in range(0, len(ids), template.num_query_token):
-                text.append(f"[image ×{template.num_query_token} {next(images)}]", IMAGE)
+            shown = 0
+            while shown < len(ids):  # pictures with nothing between them are one run
+                span = next(images)
+                text.append(f"[image ×{span.length}{_tiles(span)} {span.ref.path}]", IMAGE)
+                shown += span.length
         else:
-            decoded = tokenizer.decode(ids)
+            decoded = cast("str", tokenizer.decode(ids))
             text.append(
                 f"⟦{decoded}⟧" if kind == "supervised" else decoded, SUPERVISED if kind == "supervised" else MASKED
             )
-    for path in images:  # captions: images stand beside the text
-        text.append(f"[image {path}]", IMAGE)
+    for span in images:  # captions: images stand beside the text
+        text.append(f"[image {span.ref.path}]", IMAGE)
     return text
+
+
+def _tiles(span: MediaSpan) -> str:
+    return f" in {span.tiles} tiles" if span.tiles > 1 else ""

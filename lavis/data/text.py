@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from lavis.config.schema import ProcessorConfig
+from lavis.config.schema import ProcessorConfig, TextConfig
 from lavis.core.errors import ConfigError
 from lavis.core.registries import PROCESSORS
 
@@ -22,7 +22,7 @@ class BaseInstruction:
     prompt: str = ""
 
     @classmethod
-    def from_config(cls, config: ProcessorConfig) -> BaseInstruction:
+    def from_config(cls, config: ProcessorConfig | TextConfig) -> BaseInstruction:
         """The processor that a recipe's section describes."""
         return cls(config.max_words, config.prompt or "")
 
@@ -41,7 +41,7 @@ class BlipCaption(BaseInstruction):
         return super().__call__(text)
 
 
-def text_processor(config: ProcessorConfig) -> BaseInstruction:
+def text_processor(config: ProcessorConfig | TextConfig) -> BaseInstruction:
     """The text processor that a recipe's section describes. Raises ConfigError if it names one of images."""
     processor = PROCESSORS.get(config.name)
     if not issubclass(processor, BaseInstruction):

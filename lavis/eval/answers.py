@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis.core.types import Conversation, Sample
-from lavis.data.loader import ImageSource, collate
+from lavis.data.loader import ImageSource, load_batch
 from lavis.data.texts import Texts
 from lavis.generation.settings import LIMITS, GenerationSettings
 from lavis.objectives.learner import Learner
@@ -96,10 +96,8 @@ class Answerer:
         return [merged[i] for i, _ in numbered]
 
     def _generate(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
-        paths = [path for s in samples for path in s.images]
-        pixels = self.images.load(paths, 0)[0] if paths else {}
-        batch = self.learner.ready(collate([[s] for s in samples], pixels, self.template.pad_token_id, None))
-        decoder = self.learner.decoder()
+        batch = load_batch([[s] for s in samples], self.images, self.template.pad_token_id)
+        batch, decoder = self.learner.ready(batch), self.learner.decoder()
         settings = GenerationSettings(
             max_new_tokens=min(max_new_tokens, LONGEST_ANSWER), repetition_penalty=decoder.repetition_penalty
         )
@@ -116,7 +114,7 @@ def _answer(conversation: Conversation, text: str) -> Answer:
         kind=conversation.kind,
         lang=conversation.lang,
         images=conversation.images,
-        question="".join(p for p in question.parts if isinstance(p, str)).replace("<Img></Img>", "").strip(),
+        question=question.words.strip(),
         expected=expected,
         answer=text,
     )

@@ -6,15 +6,14 @@ import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lavis.config.recipe import processors
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.registries import EXPORTERS
-from lavis.data.image import image_processor
+from lavis.data.assemble import media_processor
 from lavis.data.texts import Texts
 from lavis.export.base import Exporter, Precision, Written
 from lavis.export.hf_processor import write_processor
@@ -29,6 +28,7 @@ from lavis.models.parts import inits
 from lavis.models.vlm import Vlm
 from lavis.runs.checkpoint import frozen_files, identity
 from lavis.runs.folder import frozen_differences
+from lavis.tokens.template import ChatTemplate
 from lavis.weights.tensors import load_tensors
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,12 @@ class Blip2Exporter(Exporter):
         """See Exporter."""
         if config.tower is None or config.connector is None:
             return "Blip2ForConditionalGeneration has a vision tower, this model has none."
+        media = config.media
+        if media.tiling != "none" or media.resize != "square":
+            return (
+                "Blip2ForConditionalGeneration is shown a picture as one square, but model.media has tiling"
+                f" {media.tiling}, resize {media.resize}: export with `lavis export pth`."
+            )
         wanted = (EvaConfig().name, QFormerLinearConfig().name)
         if (config.tower.name, config.connector.name) != wanted:
             return (
@@ -67,10 +73,8 @@ def export_hf(trained: Trained, folder: Path, *, precision: Precision = "auto", 
     model = build(trained, texts.tokenizer, precision)
     folder.mkdir(parents=True, exist_ok=True)
     _write_model(model, texts.template, folder, max_shard_size)
-    tower, media = trained.model.tower, trained.model.media
-    assert tower is not None
-    image = image_processor(processors(media, tower.image_size).eval)
-    differences = write_processor(folder, texts.tokenizer, texts.template, image)
+    template = cast(ChatTemplate, texts.template)  # a model that sees and answers has no other
+    differences = write_processor(folder, texts.tokenizer, template, media_processor(trained.model))
     for difference in differences:
         log.warning("stock transformers reads this prompt otherwise: %s", difference)
     (folder / "README.md").write_text(model_card(trained, differences), encoding="utf-8")

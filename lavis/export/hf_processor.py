@@ -1,11 +1,9 @@
 """The processor of an export: what makes stock transformers ask its model what this program asks its own.
 
 transformers' Blip2Processor puts a picture's tokens before everything else, unless its number of query tokens is null.
-So it is null
-here, and the chat template writes the tokens where they belong: inside `<Img></Img>`, in the turn they were given in.
-The template
-is the tokenizer's, as that processor forgets its own when it is loaded: it is called with
-`chat_template=processor.tokenizer.chat_template`.
+So it is null here, and the chat template writes the tokens where they belong: in the turn they were given in, with the
+text of the model's media format around them. The template is the tokenizer's, as that processor forgets its own when it
+is loaded: it is called with `chat_template=processor.tokenizer.chat_template`.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, Blip2Processor, BlipImageProcessorPil, PreTrainedTokenizerFast
 
-from lavis.data.formats import to_conversation
+from lavis.data.dialects import to_conversation
 from lavis.data.image import EvalImage
 from lavis.tokens.layout import chat_template_of, takes_system
 from lavis.tokens.template import ChatTemplate
@@ -35,10 +33,10 @@ template, below, expects. -#}}
   {{%- else -%}}
     {{%- for part in message['content'] -%}}
       {{%- if part['type'] == 'image' -%}}
-        {{%- set flat.text = flat.text + '<Img>' + {image} * {num_query_token} + '</Img>' -%}}
+        {{%- set flat.text = flat.text + {before} + {image} * {num_query_token} + {after} -%}}
       {{%- else -%}}
         {{%- set behind_image = loop.previtem is defined and loop.previtem['type'] == 'image' -%}}
-        {{%- set gap = ' ' if behind_image and not part['text'][:1].isspace() else '' -%}}
+        {{%- set gap = {gap} if behind_image and not part['text'][:1].isspace() else '' -%}}
         {{%- set flat.text = flat.text + gap + part['text'] -%}}
       {{%- endif -%}}
     {{%- endfor -%}}
@@ -112,13 +110,17 @@ def chat_template(template: ChatTemplate, image_token: str, boundary: str) -> st
     """A Jinja template that takes messages with images and gives the prompt of `template`; `boundary` goes before each
     content.
     """
-    source = chat_template_of(template.tokenizer)
+    source, media = chat_template_of(template.tokenizer), template.media
+    assert media  # text alone is exported otherwise
     add_system = _ADD_SYSTEM.format(system=json.dumps(template.system, ensure_ascii=False))
     flatten = _FLATTEN.format(
         system=add_system if takes_system(template.tokenizer, source) else _DROP_SYSTEM,
         boundary=json.dumps(boundary),
         image=json.dumps(image_token),
-        num_query_token=template.num_query_token,
+        num_query_token=media.tokens_per_tile,
+        before=json.dumps(media.format.before),
+        after=json.dumps(media.format.after),
+        gap=json.dumps(media.format.gap),
     )
     return flatten + source
 
@@ -127,7 +129,7 @@ def probe(processor: Blip2Processor, template: ChatTemplate) -> list[str]:
     """The probes whose ids differ, told in a line each."""
     found = []
     # probes are not cut
-    template = ChatTemplate(template.tokenizer, template.num_query_token, max_length=1 << 20, system=template.system)
+    template = ChatTemplate(template.tokenizer, template.media, max_length=1 << 20, system=template.system)
     for number, messages in enumerate(PROBES, start=1):
         row = {"messages": [*_with_paths(messages), {"role": "assistant", "content": "."}]}
         ours = list(template.encode_prompt(to_conversation(row, "messages", where="probe")).input_ids)

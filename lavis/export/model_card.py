@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lavis
+from lavis.config.schema import DataEntry
 from lavis.export.trained import Trained
 from lavis.runs.folder import SUMMARY
 
@@ -83,7 +83,9 @@ def model_card(trained: Trained, differences: Sequence[str]) -> str:
         snippet=SNIPPET,
         prompts=_prompts(differences),
         results=_results(trained),
-        data="\n".join(f"- `{name}`{_files(config)}" for name, config in trained.recipe.datasets.items()),
+        data="\n".join(
+            f"- `{entry.name or entry.source}`{_files(entry)}" for _, entry in trained.recipe.data.entries()
+        ),
         recipe=trained.recipe.to_yaml(),
     )
 
@@ -125,6 +127,6 @@ def _newest_loss(metrics: Path) -> dict[str, float]:
     }
 
 
-def _files(config: Any) -> str:
-    files = {split: source.storage for split, source in config.build_info.annotations.items() if source.storage}
-    return ": " + ", ".join(f"{split} `{file}`" for split, file in files.items()) if files else ""
+def _files(entry: DataEntry) -> str:
+    files = ", ".join(f"`{path}`" for path, _, _ in entry.files())
+    return f": {entry.split or entry.kind} {files}" if files else ""

@@ -261,14 +261,12 @@ class Engine:
 
     def _embed(self, prompt: Prompt, start: int) -> torch.Tensor:
         """Input embeddings of the prompt from token `start` on. A picture is encoded once."""
-        images = sum(isinstance(key, tuple) for key in prompt.keys[:start])
-        seen = images // max(1, self.chat.num_query_token)
-        return self.chat.embed(prompt.ids[start:], [self._features(picture) for picture in prompt.pictures[seen:]])
+        return self.chat.embed(prompt.ids[start:], [self._features(p) for p in prompt.pictures_from(start)])
 
     def _features(self, picture: Picture) -> torch.Tensor:
         if picture.key not in self.features:
             tower = cast("Vlm", self.chat.model)
-            self.features[picture.key] = tower.encode_images(self.chat.pixels(picture))[0]
+            self.features[picture.key] = tower.encode_images(self.chat.pixels(picture))
             if len(self.features) > FEATURE_ROWS:
                 self.features.popitem(last=False)
         self.features.move_to_end(picture.key)

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lavis.core.errors import ChatError, DataError
-from lavis.core.types import Conversation, ImageRef, Message
+from lavis.core.types import Conversation, MediaRef, Message
 from lavis.data.image import EvalImage
 from lavis.generation.pictures import Picture
 from lavis.generation.settings import GenerationSettings
 from lavis.models.llm import context_length
+from lavis.tokens.media import MediaSpec
 from lavis.tokens.template import ChatTemplate
 
 Pictures = Mapping[str, Picture]
@@ -27,29 +28,33 @@ class Prompt:
     """What the model reads. `keys`: for each token what makes it up, its id or the picture and the place in it; equal
     keys, equal values.
 
-    `pictures` are in reading order.
+    `pictures` are in reading order; `ends` says for each how many tokens there are up to its last.
     """
 
     ids: tuple[int, ...]
     keys: tuple[Hashable, ...]
     pictures: tuple[Picture, ...]
+    ends: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def pictures_from(self, start: int) -> tuple[Picture, ...]:
+        """Those whose tokens are not among the first `start`."""
+        return tuple(p for p, end in zip(self.pictures, self.ends, strict=True) if end > start)
 
 
 @dataclass(frozen=True)
 class ChatModel:
     """`model` in eval mode on its devices, with what turns messages and pictures into its input.
 
-    `name` is what users are shown.
+    `name` is shown to users. `media` is None for a model that reads text alone.
     """
 
     name: str
     model: nn.Module
     tokenizer: PreTrainedTokenizerFast
-    num_query_token: int
-    processor: EvalImage
+    media: MediaSpec | None
     device: torch.device
 
     @property
@@ -60,12 +65,17 @@ class ChatModel:
     @property
     def sees(self) -> bool:
         """Whether it reads images."""
-        return self.num_query_token > 0
+        return self.media is not None
+
+    @property
+    def processor(self) -> EvalImage | None:
+        """What makes pixels of pictures."""
+        return cast("EvalImage | None", self.media and self.media.processor)
 
     @cached_property
     def template(self) -> ChatTemplate:
         """Never cuts: a prompt that is too long is refused."""
-        return ChatTemplate(self.tokenizer, self.num_query_token, max_length=1 << 40)
+        return ChatTemplate(self.tokenizer, self.media, max_length=1 << 40)
 
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:
@@ -86,33 +96,35 @@ class ChatModel:
         return GenerationSettings.of_model(self.llm.generation_config)
 
     def encode(self, messages: Sequence[Message], pictures: Pictures) -> Prompt:
-        """The prompt that asks for an answer to `messages`, whose ImageRefs name `pictures`.
+        """The prompt that asks for an answer to `messages`, whose MediaRefs name `pictures`.
 
         Raises ChatError if there are images and the model reads none, or the template refuses the order of roles.
         """
         if not messages or messages[-1].role != "user":
             raise ChatError("the last message has to be the user's.")
-        conversation = Conversation(tuple(messages))
+        conversation = Conversation(tuple(_sized(message, pictures) for message in messages))
         if conversation.images and not self.sees:
             raise ChatError(f"{self.name} reads text only: leave the images out.")
         try:
             sample = self.template.encode_prompt(conversation)
         except DataError as error:
             raise ChatError(str(error)) from error
-        shown = tuple(pictures[key] for key in sample.images)
-        places = ((picture.key, i) for picture in shown for i in range(self.num_query_token))
-        image = self.template.image_token_id if shown else None
-        keys = tuple(next(places) if token == image else token for token in sample.input_ids)
-        return Prompt(sample.input_ids, keys, shown)
+        keys: list[Hashable] = list(sample.input_ids)
+        for span in sample.media:
+            key = pictures[span.ref.path].key
+            keys[span.start : span.start + span.length] = [(key, i) for i in range(span.length)]
+        shown = tuple(pictures[path] for path in sample.images)
+        return Prompt(sample.input_ids, tuple(keys), shown, tuple(s.start + s.length for s in sample.media))
 
     def pixels(self, picture: Picture) -> torch.Tensor:
-        """The picture as the tower takes it, [1, 3, S, S]."""
+        """The picture as the tower takes it, [T, 3, S, S]."""
         pixels = self._processed(picture) if picture.pixels is None else picture.pixels
-        return pixels[None].to(self.device)
+        return pixels.to(self.device)
 
     def _processed(self, picture: Picture) -> torch.Tensor:
         assert picture.image is not None  # it is left out only where its pixels are kept
-        return self.processor(picture.image)
+        assert self.processor is not None
+        return self.processor.tiles(picture.image)
 
     def prepared(self, picture: Picture) -> Picture:
         """The picture with its pixels, so that the engine's thread need not make them."""
@@ -127,14 +139,21 @@ class ChatModel:
         return replace(self.prepared(picture), image=None, data=b"")
 
     def embed(self, ids: Sequence[int], features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Input embeddings [1, n, D] of `ids`; features: [Q, D_qformer] for each picture among them."""
+        """Input embeddings [1, n, D] of `ids`; features: [T, Q, D] for each picture among them, or [Q, D]."""
         model: Any = self.model
-        return model.embed_parts(
-            torch.tensor([ids], device=self.device), torch.stack(list(features)) if features else None
-        )
+        return model.embed_parts(torch.tensor([ids], device=self.device), _tiles(features) if features else None)
 
 
 def user_message(text: str, pictures: Sequence[Picture] = ()) -> Message:
     """A user's turn: the pictures, then the text, as in the training data."""
-    images = [part for p in pictures for part in ("<Img>", ImageRef(p.key), "</Img>")]
-    return Message("user", (*images[:-1], f"</Img> {text}") if images else (text,))
+    refs = [MediaRef(p.key, p.size) for p in pictures]
+    return Message("user", (*refs, f" {text}") if refs else (text,))
+
+
+def _sized(message: Message, pictures: Pictures) -> Message:
+    parts = (p if isinstance(p, str) else replace(p, size=pictures[p.path].size) for p in message.parts)
+    return replace(message, parts=tuple(parts))
+
+
+def _tiles(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([f if f.ndim == 3 else f[None] for f in features])

@@ -28,7 +28,8 @@ class Picture:
     """A decoded picture: upright, in RGB. `key` is the SHA-256 of its file, by which what was computed from it is found
     again.
 
-    pixels: float32 [3, S, S], what a model's processor made of it; then `image` and `data`, the file, may have been
+    size: its width and height.
+    pixels: float32 [T, 3, S, S], what a model's processor made of it; then `image` and `data`, the file, may have been
     left out to save memory.
     """
 
@@ -37,6 +38,7 @@ class Picture:
     name: str = field(default="", compare=False)
     data: bytes = field(default=b"", repr=False, compare=False)
     pixels: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    size: tuple[int, int] = field(default=(1, 1), compare=False)
 
 
 def read_picture(data: bytes, name: str = "the image") -> Picture:
@@ -59,7 +61,7 @@ def read_picture(data: bytes, name: str = "the image") -> Picture:
             f"{name} can't be read as an image ({type(error).__name__}): give a whole file of one of"
             f" {', '.join(FORMATS)}."
         ) from error
-    return Picture(hashlib.sha256(data).hexdigest(), image, name, data)
+    return Picture(hashlib.sha256(data).hexdigest(), image, name, data, size=image.size)
 
 
 def open_picture(path: str | Path) -> Picture:

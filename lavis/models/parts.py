@@ -199,7 +199,7 @@ class LlmConfig(PartConfig):
 class MediaConfig:
     """How pictures reach the model: what is made of their pixels, and what is written around them."""
 
-    format: str = opt("minigpt4qwen", "what stands around a picture in the text of a turn")
+    format: str = opt("minigpt4qwen", "what stands around a picture in the text of a turn", registry="media_format")
     resize: str = opt(
         "square", "square: stretch to a square; pad: pad with the mean colour first", choices=("square", "pad")
     )

@@ -23,7 +23,7 @@ class NextToken(Objective):
 
     def units(self, batch: Batch) -> int:
         """Supervised tokens."""
-        return batch.num_tokens
+        return batch.supervised_tokens
 
     def loss(self, scorer: Scorer, hidden: torch.Tensor, batch: Batch) -> LossOutput:
         """See Objective. Logits exist at supervised positions only."""

@@ -21,6 +21,7 @@ from lavis.config.schema import RunConfig
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import CONFIGS_ROOT, resolve
 from lavis.data.assemble import load_tokenizer
+from lavis.data.sources import has_images
 from lavis.models.configs import VlmConfig
 from lavis.models.llm import new_config
 from lavis.models.stages import SPLITTABLE
@@ -181,17 +182,17 @@ class Planner:
         samples: int | None = None,
         ranks: int = 1,
     ) -> None:
-        config, run = recipe.model, recipe.run
+        config, run, data = recipe.model, recipe.run, recipe.data
         if not config.splits:
             raise ConfigError(f"model.arch {config.arch}: plans are made for models with an LLM alone.")
         self.config: VlmConfig = config
-        self.run, self.machine = run, machine
+        self.run, self.data, self.machine = run, data, machine
         self.llm_config = planned_llm(config)
         self._footprints = functools.cache(self._make_footprints)  # of this instance, and gone with it
-        self.tokens = tokens or (run.pack_length if run.packing else config.max_length)
-        sees = config.sees and (any(d.data_type != "text" for d in recipe.datasets.values()) or not recipe.datasets)
+        self.tokens = tokens or (data.pack_length if data.packing else config.max_length)
+        sees = config.sees and (any(has_images(e) for _, e in data.entries()) or not data.train)
         self.images = (
-            images if images is not None else sees * (max(1, self.tokens // config.max_length) if run.packing else 1)
+            images if images is not None else sees * (max(1, self.tokens // config.max_length) if data.packing else 1)
         )
         self.supervised = supervised or max(1, self.tokens - self.images * config.tokens_per_tile)
         self.samples = (
@@ -205,7 +206,7 @@ class Planner:
 
     def _make_footprints(self, rows: int, recompute: bool) -> Footprints:
         batch = MicroBatch(
-            rows, self.tokens, rows * self.images, rows * self.supervised, self.run.packing, self.run.cache_features
+            rows, self.tokens, rows * self.images, rows * self.supervised, self.data.packing, self.data.cache_features
         )
         return Footprints(self.config.with_recomputation(recompute), self.llm_config, batch, self.precision)
 

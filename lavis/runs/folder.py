@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,8 +27,6 @@ _FREE_RUN_KEYS = frozenset(
         "batch_size_eval",
         "accum_grad_iters",
         "global_batch_size",
-        "num_workers",
-        "max_bad_image_share",
         "log_freq",
         "eval_freq",
         "save_freq",
@@ -46,14 +45,11 @@ _FREE_RUN_KEYS = frozenset(
         "resume_ckpt_tag",
         "sample_prompts",
         "num_sample_prompts",
-        "valid_splits",
-        "test_splits",
         "evaluate",
         "evaluate_blind",
         "evaluate_before",
         "max_eval_samples",
         "max_new_tokens",
-        "cache_features",
         "runner",
         "num_stages",
         "stage_blocks",
@@ -65,6 +61,11 @@ past steps.
 The batch keys are free because only their product with the number of ranks matters, which is checked apart."""
 
 _FREE_MODEL_KEYS = frozenset(["model.llm.recompute", "model.preset", "model.released"])
+
+
+_JUDGED = ("data.valid", "data.test")
+_FREE_DATA_KEYS = frozenset(["valid", "test", "num_workers", "max_bad_image_share", "cache_features"])
+"""Keys of `data` that may change, likewise."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,21 @@ def recipe_differences(recipe: Recipe, saved: Path) -> list[str]:
     """
     old = recipe_from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))).flat()
     new = recipe.flat()
-    return sorted(k for k in old.keys() | new.keys() if _matters(k) and old.get(k) != new.get(k))
+    changed = [k for k in old.keys() | new.keys() if _matters(k) and old.get(k) != new.get(k)]
+    return sorted(changed + [k for k in _JUDGED if _fractions(old[k]) != _fractions(new[k])])
 
 
 def _matters(key: str) -> bool:
     section, _, rest = key.partition(".")
     if key in _FREE_MODEL_KEYS:
         return False
-    return not (section == "run" and rest.split(".")[0] in _FREE_RUN_KEYS)
+    free = {"run": _FREE_RUN_KEYS, "data": _FREE_DATA_KEYS}.get(section, frozenset())
+    return rest.split(".")[0] not in free
+
+
+def _fractions(entries: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """What is taken out of the training data, which may not change."""
+    return [(entry["name"], entry["fraction"]) for entry in entries if entry["fraction"] is not None]
 
 
 def _unfinished_of(recipe: Recipe, folder: Path) -> bool:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from lavis.config.files import missing_of, model_files
-from lavis.config.recipe import load_model_config, processors
+from lavis.config.recipe import load_model_config
 from lavis.core.errors import ChatError, CheckpointError, ConfigError
 from lavis.core.json_file import read_json
 from lavis.core.paths import resolve
 from lavis.core.registries import MODELS
-from lavis.data.assemble import load_tokenizer
-from lavis.data.image import EvalImage, image_processor
+from lavis.data.assemble import load_tokenizer, media_spec
+from lavis.data.image import EvalImage
 from lavis.export.hf_processor import exported_tokenizer
 from lavis.export.trained import open_any_run
 from lavis.generation.model import ChatModel
@@ -191,10 +191,10 @@ def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _ready(
     name: str, model: Vlm, tokenizer: Any, device: torch.device, processor: EvalImage | None = None
 ) -> ChatModel:
-    config = model.config
-    if not config.llm.quantization:
+    if not model.config.llm.quantization:
         merge_lora(model)
     model.requires_grad_(False)
-    size = config.tower.image_size if config.tower else 1
-    processor = processor or image_processor(processors(config.media, size).eval)
-    return ChatModel(name, model.to(device).eval(), tokenizer, config.tokens_per_tile, processor, device)
+    media = media_spec(model.config)
+    if media is not None and processor is not None:
+        media = replace(media, processor=processor)
+    return ChatModel(name, model.to(device).eval(), tokenizer, media, device)

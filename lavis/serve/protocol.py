@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lavis.core.errors import ChatError
-from lavis.core.types import ImageRef, Message
+from lavis.core.types import MediaRef, Message
 from lavis.generation.engine import Answer
 from lavis.generation.model import ChatModel, Prompt
 from lavis.generation.pictures import Picture
 from lavis.generation.settings import LIMITS, GenerationSettings
+from lavis.tokens.media import Part, joined
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
@@ -137,7 +137,7 @@ class ChatRequest(BaseModel):
         images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
         if images and not chat.sees:
             raise ChatError(f"{chat.name} reads text only: leave the images out.")
-        most = min(MAX_IMAGES, chat.window // max(1, chat.num_query_token))
+        most = min(MAX_IMAGES, chat.window // (chat.media.tokens_per_tile if chat.media else 1))
         if len(images) > most:
             raise ChatError(f"the request has {len(images)} images; {chat.name} is shown {most} at most.")
         characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
@@ -156,7 +156,7 @@ class ChatRequest(BaseModel):
 
 def _message(message: ChatMessage, pictures: Mapping[str, Picture]) -> Message:
     role: Any = "system" if message.role == "developer" else message.role
-    pieces: list[str | ImageRef] = []
+    pieces: list[Part] = []
     behind_image = False
     for part in message.parts:
         if isinstance(part, TextPart):
@@ -164,18 +164,10 @@ def _message(message: ChatMessage, pictures: Mapping[str, Picture]) -> Message:
         elif role != "user":
             raise ChatError(f"an image stands in a message of the {role}: only the user can show images.")
         else:
-            pieces += ["<Img>", ImageRef(pictures[part.image_url.url].key), "</Img>"]
+            pieces.append(MediaRef(pictures[part.image_url.url].key))
         behind_image = isinstance(part, ImagePart)
     # texts that follow each other are one, as they are tokenised in training
-    groups = itertools.groupby(pieces, key=lambda piece: isinstance(piece, str))
-    return Message(
-        role,
-        tuple(
-            piece
-            for is_text, group in groups
-            for piece in (["".join(cast(Iterator[str], group))] if is_text else group)
-        ),
-    )
+    return Message(role, tuple(joined(pieces)) or ("",))
 
 
 class Completion:

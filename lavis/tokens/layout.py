@@ -21,7 +21,7 @@ CHATML = (
 
 
 @dataclass(frozen=True)
-class Layout:
+class RenderedTemplate:
     """What stands around n contents: n + 1 texts, and for each content whether the template trims its left and right
     end.
     """
@@ -43,9 +43,9 @@ def chat_template_of(tokenizer: PreTrainedTokenizerFast) -> str:
     return CHATML
 
 
-def render_layout(
+def render_template(
     tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str, ...], *, generation: bool
-) -> Layout:
+) -> RenderedTemplate:
     """Render `template` once for a conversation of these roles and cut the contents out.
 
     `generation` ends it with the header of the assistant's next turn.
@@ -63,13 +63,13 @@ def render_layout(
     if pieces[2::4] != [str(i) for i in range(len(roles))]:
         raise DataError(f"the chat template does not show the messages {', '.join(roles)} once each and in order.")
     trims = tuple((left == "", right == "") for left, right in zip(pieces[1::4], pieces[3::4], strict=True))
-    return Layout(texts=tuple(pieces[0::4]), trims=trims)
+    return RenderedTemplate(texts=tuple(pieces[0::4]), trims=trims)
 
 
 def takes_system(tokenizer: PreTrainedTokenizerFast, template: str) -> bool:
     """Whether the template shows a system message, at the beginning also of a longer conversation."""
     try:
-        render_layout(tokenizer, template, ("system", "user", "assistant", "user"), generation=True)
+        render_template(tokenizer, template, ("system", "user", "assistant", "user"), generation=True)
     except DataError:
         return False
     return True

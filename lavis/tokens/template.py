@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from lavis.core.errors import DataError
-from lavis.core.types import IGNORE_INDEX, Conversation, ImageRef, Message, RowError, Sample
-from lavis.tokens.layout import chat_template_of, render_layout, takes_system
-from lavis.tokens.text_encoder import TextEncoder, special_ids
+from lavis.core.types import IGNORE_INDEX, Conversation, MediaRef, MediaSpan, Message, RowError, Sample
+from lavis.tokens.layout import chat_template_of, render_template, takes_system
+from lavis.tokens.media import MediaSpec, Part
+from lavis.tokens.text_encoder import TextEncoder, digest, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,15 +36,13 @@ _MOST_FRAMES = 256
 """Sequences of roles that are remembered; who chats may invent them."""
 
 
-_Sort = Literal["markup", "text", "image"]
-
-
 class _Segment(NamedTuple):
     """Consecutive tokens of one sort. The system message counts as markup, as a prompt is never shortened there."""
 
-    sort: _Sort
+    sort: Literal["markup", "text", "image"]
     ids: Ids
     labels: Ids
+    ref: MediaRef | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class _Dialogue(NamedTuple):
     """A conversation about to be tokenised: its frame and the parts of each message, trimmed as the template does."""
 
     frame: _Frame
-    contents: list[list[str | ImageRef]]
+    contents: list[list[Part]]
 
     @property
     def texts(self) -> list[str]:
@@ -72,25 +70,26 @@ class ChatTemplate:
     """Encodes conversations with the chat template of `tokenizer` (ChatML if it has none).
 
     The template is rendered once for each sequence of roles; only what it writes itself can become a control token.
-    Contents are tokenised by themselves, and an image is a run of `num_query_token` placeholder ids in its turn.
+    Contents are tokenised by themselves; a picture is a run of placeholder ids, as many as `media` says, in the text of
+    the model's media format.
 
+    media: None for a text-only model, which refuses pictures.
     supervise: "assistant" supervises answers and the first token of what the template puts behind them (its end token);
         "markup" also every special token of the template and the newline behind an end token, in every turn, as the
         original did.
     max_length: tokens, images included; what is longer is cut.
     system: system message of conversations without one; none if it is empty or the template takes none.
-    num_query_token: 0 for a text-only model, which refuses images.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        num_query_token: int,
+        media: MediaSpec | None,
         supervise: str = "assistant",
         max_length: int = 512,
         system: str = "You are a helpful assistant.",
     ) -> None:
-        self.tokenizer, self.num_query_token, self.supervise = tokenizer, num_query_token, supervise
+        self.tokenizer, self.media, self.supervise = tokenizer, media, supervise
         self.max_length, self.system = max_length, system
         self._template = chat_template_of(tokenizer)
         self._takes_system = takes_system(tokenizer, self._template)
@@ -103,17 +102,11 @@ class ChatTemplate:
     @cached_property
     def image_token_id(self) -> int:
         """Id that holds the place of an image vector. Raises DataError if there can be none."""
-        if not self.num_query_token:
+        if self.media is None:
             raise DataError(
                 "a row has an image but the model reads text only. Train a model that sees, or drop the images."
             )
-        token = self._find_image_token()
-        if token is None:
-            raise DataError(
-                f"the tokenizer {self.tokenizer.name_or_path!r} has none of the tokens that can hold an image's place: "
-                f"{', '.join(IMAGE_TOKENS)}. Add one of them to its special tokens."
-            )
-        return token
+        return image_token_id(self.tokenizer)
 
     @cached_property
     def pad_token_id(self) -> int:
@@ -135,8 +128,8 @@ class ChatTemplate:
 
     def fingerprint(self) -> str:
         """Hex digest of all that decides how a conversation is encoded."""
-        settings = (self.num_query_token, self.supervise, self.max_length, self.system, self._template)
-        return _digest("chat-1", self.tokenizer, *settings)
+        settings = (self.media and self.media.key(), self.supervise, self.max_length, self.system, self._template)
+        return digest("chat-2", self.tokenizer, *settings)
 
     # ---- encoding
 
@@ -147,14 +140,22 @@ class ChatTemplate:
             raise sample
         return sample
 
-    def encode_many(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
-        """`encode` for many conversations at once, which is faster; a failure stands in its conversation's place."""
+    def encode_many(
+        self, conversations: Sequence[Conversation], *, last_answer_only: bool = False
+    ) -> list[Sample | RowError]:
+        """`encode` for many conversations at once, which is faster; a failure stands in its conversation's place.
+
+        `last_answer_only` supervises no earlier answer.
+        """
         samples: list[Sample | RowError] = []
         dialogues = [self._dialogue(c, generation=False) for c in conversations]
         encoded = self._encoder.encode_all(text for dialogue in dialogues for text in dialogue.texts)
         for conversation, dialogue in zip(conversations, dialogues, strict=True):
             try:
-                samples.append(self._truncated(self._segments(dialogue, encoded), conversation))
+                segments = self._segments(dialogue, encoded)
+                if last_answer_only:
+                    segments = _only_last_answer(segments)
+                samples.append(self._truncated(segments, conversation))
             except RowError as error:
                 samples.append(error)
         return samples
@@ -169,13 +170,16 @@ class ChatTemplate:
         segments = self._segments(dialogue, self._encoder.encode_all(dialogue.texts))
         excess = sum(len(s.ids) for s in segments) - self.max_length
         ids: list[int] = []
+        spans: list[MediaSpan] = []
         for segment in segments:
             cut = min(max(excess, 0), len(segment.ids)) if segment.sort == "text" else 0
+            if segment.ref is not None:
+                spans.append(self._span(segment, len(ids)))
             ids.extend(segment.ids[: len(segment.ids) - cut])
             excess -= cut
         if excess > 0:
             raise self._too_long(conversation, len(ids))
-        return Sample(tuple(ids), (IGNORE_INDEX,) * len(ids), conversation.images)
+        return Sample(tuple(ids), (IGNORE_INDEX,) * len(ids), tuple(spans))
 
     # ---- parts
 
@@ -189,51 +193,68 @@ class ChatTemplate:
         elif self.system and self._takes_system:
             messages = (Message("system", (self.system,)), *messages)
         frame = self._frame(tuple(m.role for m in messages), generation)
-        return _Dialogue(frame, [_trimmed(m.parts, *trim) for m, trim in zip(messages, frame.trims, strict=True)])
+        contents = [self._content(m.parts, trim) for m, trim in zip(messages, frame.trims, strict=True)]
+        return _Dialogue(frame, contents)
+
+    def _content(self, parts: Sequence[Part], trim: tuple[bool, bool]) -> list[Part]:
+        return _trimmed(self.media.format.write(parts) if self.media else parts, *trim)
 
     def _segments(self, dialogue: _Dialogue, encoded: dict[str, list[int]]) -> list[_Segment]:
         frame, segments = dialogue.frame, []
         for i, parts in enumerate(dialogue.contents):
             segments.append(_Segment("markup", frame.ids[i], frame.labels[i]))
             for part in parts:
-                ids = tuple(encoded[part]) if isinstance(part, str) else (self.image_token_id,) * self.num_query_token
+                if isinstance(part, MediaRef):
+                    segments.append(self._picture(part))
+                    continue
+                ids = tuple(encoded[part])
                 labels = ids if frame.roles[i] == "assistant" else (IGNORE_INDEX,) * len(ids)
-                sort: _Sort = "text" if isinstance(part, str) else "image"
-                segments.append(_Segment("markup" if frame.roles[i] == "system" else sort, ids, labels))
+                segments.append(_Segment("markup" if frame.roles[i] == "system" else "text", ids, labels))
         return [*segments, _Segment("markup", frame.ids[-1], frame.labels[-1])]
+
+    def _picture(self, ref: MediaRef) -> _Segment:
+        token = self.image_token_id  # raises where the model reads text only
+        assert self.media
+        length = self.media.span(ref.size)
+        return _Segment("image", (token,) * length, (IGNORE_INDEX,) * length, ref)
+
+    def _span(self, segment: _Segment, start: int) -> MediaSpan:
+        assert self.media and segment.ref
+        return MediaSpan(segment.ref, start, len(segment.ids), self.media.tiles(segment.ref.size))
 
     def _truncated(self, segments: Sequence[_Segment], conversation: Conversation) -> Sample:
         """Cut at max_length; if that falls into an image, cut where the image's turn begins."""
         ids: list[int] = []
         labels: list[int] = []
-        cut, border, image_ends = self.max_length, 0, []
+        cut, border = self.max_length, 0
+        spans: list[MediaSpan] = []
         for segment in segments:
             end = len(ids) + len(segment.ids)
             if segment.sort == "markup":  # its first token ends a turn, the rest begins the next
                 border = min(len(ids), 1) + len(ids)
-            elif segment.sort == "image":
-                image_ends.append(end)
+            elif segment.ref is not None:
+                spans.append(self._span(segment, len(ids)))
                 cut = border if len(ids) < cut < end else cut
             ids.extend(segment.ids)
             labels.extend(segment.labels)
         labels[0] = IGNORE_INDEX  # nothing predicts the first token
-        num_images = sum(end <= cut for end in image_ends)
-        sample = Sample(tuple(ids[:cut]), tuple(labels[:cut]), conversation.images[:num_images])
-        if not sample.num_tokens:
+        whole = tuple(span for span in spans if span.start + span.length <= cut)
+        sample = Sample(tuple(ids[:cut]), tuple(labels[:cut]), whole)
+        if not sample.supervised_tokens:
             raise self._too_long(conversation, len(ids))
         return sample
 
     def _too_long(self, conversation: Conversation, length: int) -> RowError:
-        detail = f"{length} tokens, model.max_txt_len is {self.max_length}"
-        mend = "Raise model.max_txt_len or shorten the row."
-        return RowError("no supervised token left after truncation", conversation.id, mend, detail)
+        detail = f"{length} tokens, model.max_length is {self.max_length}"
+        fix = "Raise model.max_length or shorten the row."
+        return RowError("no supervised token left after truncation", conversation.id, fix, detail)
 
     # ---- the template's own tokens
 
     def _frame(self, roles: tuple[str, ...], generation: bool) -> _Frame:
         key = (roles, generation)
         if key not in self._frames:
-            layout = render_layout(self.tokenizer, self._template, roles, generation=generation)
+            layout = render_template(self.tokenizer, self._template, roles, generation=generation)
             pieces = self.tokenizer(list(layout.texts), add_special_tokens=False, split_special_tokens=False)
             ids = [tuple(piece) for piece in pieces["input_ids"]]
             if roles[-1] == "assistant" and not ids[-1]:  # the template leaves the end to the end-of-sequence token
@@ -259,80 +280,27 @@ class ChatTemplate:
         turns = self._frame(("user", "assistant", "user"), generation=False).ids
         header = {*turns[0], *turns[2], *self._frame(("user",), generation=True).ids[-1]}
         added = header.intersection(self.tokenizer.added_tokens_decoder)
-        image = self._find_image_token()
+        image = find_image_token(self.tokenizer)
         return self._special | added | ({image} if image is not None else set())
-
-    def _find_image_token(self) -> int | None:
-        ids = map(self.tokenizer.backend_tokenizer.token_to_id, IMAGE_TOKENS)
-        return next((i for i in ids if i is not None), None)
-
-
-class CaptionTemplate:
-    """Encodes the last answer of a conversation alone: start token, caption, end token; the images stay beside it.
-
-    Start and end are bos (or cls) and eos (or sep); a tokenizer with neither bos nor cls starts with `<|im_start|>` and
-    ends with `<|im_end|>`. The caption and the end token are supervised. There are no image placeholders.
-    """
-
-    image_token_id: int | None = None
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.start_token_id, self.end_token_id = _caption_ends(tokenizer)
-        pad = tokenizer.pad_token_id
-        self.pad_token_id = self.end_token_id if pad is None else pad
-        self.stop_token_ids = (self.end_token_id,)
-        forbidden = special_ids(tokenizer) | {self.start_token_id, self.end_token_id}
-        self._encoder = TextEncoder(tokenizer, forbidden)
-
-    def fingerprint(self) -> str:
-        """Hex digest of all that decides how a conversation is encoded."""
-        return _digest("caption-1", self.tokenizer, self.max_length)
-
-    def encode(self, conversation: Conversation) -> Sample:
-        """The caption, cut to max_length tokens with its start and end. Raises RowError if there is not one image."""
-        sample = self.encode_many([conversation])[0]
-        if isinstance(sample, RowError):
-            raise sample
-        return sample
-
-    def encode_many(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
-        """`encode` for many conversations at once; a failure stands in its conversation's place."""
-        texts = [c.messages[-1].text for c in conversations]
-        encoded = self._encoder.encode_all(texts)
-        samples: list[Sample | RowError] = []
-        for conversation, text in zip(conversations, texts, strict=True):
-            if len(conversation.images) != 1:
-                have = f"{len(conversation.images)} images"
-                samples.append(
-                    RowError(
-                        "a caption without its one image",
-                        conversation.id,
-                        "Give the row one image, or take it out.",
-                        have,
-                    )
-                )
-                continue
-            caption = (*encoded[text][: self.max_length - 2], self.end_token_id)
-            samples.append(Sample((self.start_token_id, *caption), (IGNORE_INDEX, *caption), conversation.images))
-        return samples
-
-    def encode_prompt(self, conversation: Conversation) -> Sample:
-        """The start token and the images."""
-        return Sample((self.start_token_id,), (IGNORE_INDEX,), conversation.images)
 
 
 def without_images(conversation: Conversation) -> Conversation:
-    """The conversation with its images, and the `<Img></Img>` around them, taken out: what a blind model is asked."""
+    """The conversation with its pictures taken out: what a blind model is asked."""
 
     def blind(message: Message) -> Message:
-        text = "".join(p for p in message.parts if isinstance(p, str))
-        return replace(message, parts=(text.replace("<Img></Img>", "").lstrip(),))
+        return replace(message, parts=(message.words.lstrip(),))
 
     return replace(conversation, messages=tuple(map(blind, conversation.messages)))
 
 
-def _trimmed(parts: Sequence[str | ImageRef], left: bool, right: bool) -> list[str | ImageRef]:
+def _only_last_answer(segments: Sequence[_Segment]) -> list[_Segment]:
+    """Without the labels of what stands before the last message; its contents follow the last markup but one."""
+    last = max(i for i, segment in enumerate(segments[:-1]) if segment.sort == "markup")
+    masked = [s._replace(labels=(IGNORE_INDEX,) * len(s.ids)) for s in segments[: last + 1]]
+    return [*masked, *segments[last + 1 :]]
+
+
+def _trimmed(parts: Sequence[Part], left: bool, right: bool) -> list[Part]:
     parts = list(parts)
     if left and parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
@@ -341,23 +309,21 @@ def _trimmed(parts: Sequence[str | ImageRef], left: bool, right: bool) -> list[s
     return parts
 
 
-def _caption_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
-    start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    if start is None:
-        start, end = map(tokenizer.backend_tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>"))
-    if start is None or end is None:
+def find_image_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Id of the first of IMAGE_TOKENS that the tokenizer has."""
+    ids = map(tokenizer.backend_tokenizer.token_to_id, IMAGE_TOKENS)
+    return next((i for i in ids if i is not None), None)
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the token that holds the place of an image vector. Raises DataError if the tokenizer has none."""
+    token = find_image_token(tokenizer)
+    if token is None:
         raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no tokens that begin and end a caption: bos and eos, cls and"
-            " sep, or <|im_start|> and <|im_end|>. Choose another tokenizer."
+            f"the tokenizer {tokenizer.name_or_path!r} has none of the tokens that can hold an image's place: "
+            f"{', '.join(IMAGE_TOKENS)}. Add one of them to its special tokens."
         )
-    return start, end
-
-
-def _digest(version: str, tokenizer: PreTrainedTokenizerFast, *settings: object) -> str:
-    named = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    content = repr((version, settings, named)) + tokenizer.backend_tokenizer.to_str()
-    return hashlib.sha256(content.encode()).hexdigest()
+    return token
 
 
 def ensure_image_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -365,15 +331,7 @@ def ensure_image_token(tokenizer: PreTrainedTokenizerFast) -> None:
 
     It needs no row in the LLM's embedding, as its vectors are replaced.
     """
-    if all(tokenizer.backend_tokenizer.token_to_id(token) is None for token in IMAGE_TOKENS):
+    if find_image_token(tokenizer) is None:
         tokenizer.add_special_tokens(
             {"additional_special_tokens": ["<|image_pad|>"]}, replace_extra_special_tokens=False
         )
-
-
-def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Id of the token that holds the place of an image vector.
-
-    Raises DataError if the tokenizer has none that could.
-    """
-    return ChatTemplate(tokenizer, num_query_token=1).image_token_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
@@ -71,3 +72,10 @@ class TextEncoder:
             cut = [piece[a : b - (b - 1 in single)] for a, b in itertools.pairwise(borders)]
             pieces += [p for p in reversed(cut) if p]
         return done
+
+
+def digest(version: str, tokenizer: PreTrainedTokenizerFast, *settings: object) -> str:
+    """Hex digest of `settings` and of all that decides how `tokenizer` encodes."""
+    named = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    content = repr((version, settings, named)) + tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lavis.config.recipe import Recipe
 from lavis.core.registries import OBJECTIVES
-from lavis.core.types import Conversation
-from lavis.models.configs import ByteLevelBPEConfig
+from lavis.core.types import Document, Example, Pair
 
 PAD_TOKEN, START_TOKEN, END_TOKEN, IMAGE_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>"
 """ChatML's control tokens and Qwen's first reserved one, which stands for a vector of an image."""
@@ -24,11 +24,10 @@ class TokenizerTraining:
     archs = ("byte_level_bpe",)
 
     def __init__(self, recipe: Recipe) -> None:
-        assert isinstance(recipe.model, ByteLevelBPEConfig)
-        self.config = recipe.model
+        self.config: Any = recipe.model
 
-    def fit(self, conversations: Iterable[Conversation]) -> PreTrainedTokenizerFast:
-        """A tokenizer of at most `vocab_size` tokens learned from all turns."""
+    def fit(self, examples: Iterable[Example]) -> PreTrainedTokenizerFast:
+        """A tokenizer of at most `vocab_size` tokens learned from all texts."""
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = self._pre_tokenizer()
         bpe.decoder = decoders.ByteLevel()
@@ -43,7 +42,7 @@ class TokenizerTraining:
             show_progress=False,
         )
         roles = ("system", "user", "assistant", "You are a helpful assistant.")
-        texts = (text for c in conversations for text in (*roles, *(m.text for m in c.messages)))
+        texts = (text for example in examples for text in (*roles, *_texts(example)))
         bpe.train_from_iterator(texts, trainer)
         return PreTrainedTokenizerFast(
             tokenizer_object=bpe,
@@ -63,3 +62,11 @@ class TokenizerTraining:
         """A Hugging Face tokenizer folder."""
         tokenizer.save_pretrained(folder)
         return [folder]
+
+
+def _texts(example: Example) -> list[str]:
+    if isinstance(example, Document):
+        return [example.text]
+    if isinstance(example, Pair):
+        return [*_texts(example.chosen), example.rejected.messages[-1].text]
+    return [message.text for message in example.messages]

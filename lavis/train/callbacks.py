@@ -35,7 +35,7 @@ class StepLog(Callback):
         batches = step.batches
         samples, supervised, positions, pad, images, bad = self.data.world.sum(
             sum(b.num_samples for b in batches),
-            sum(b.num_tokens for b in batches),
+            sum(b.supervised_tokens for b in batches),
             sum(b.input_ids.numel() for b in batches),
             sum(b.num_pad for b in batches),
             sum(_images_in(b) for b in batches),
@@ -76,13 +76,13 @@ class Validation(Callback):
 
     def __init__(self, run: RunConfig, steps_per_epoch: int, evaluator: Evaluator, write: Write) -> None:
         self.every = run.eval_freq or steps_per_epoch
-        self.splits, self.evaluator, self.write = run.valid_splits, evaluator, write
+        self.evaluator, self.write = evaluator, write
         self.loss: float | None = None
 
     def on_step(self, step: Step) -> None:
         """See Callback."""
         self.loss = None
-        if not self.splits or not (step.last or step.number % self.every == 0):
+        if not self.evaluator.data.valid or not (step.last or step.number % self.every == 0):
             return
         values = self.evaluator.validate()
         self.loss = values["loss"]

@@ -1,40 +1,30 @@
-"""The data of a run: prepared tables of its splits, the step plan, the loader, and where images come from."""
+"""The data of a run: prepared tables of its sections, the step plan, the loader, and where images come from."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
 
 from lavis.config.recipe import Recipe
-from lavis.config.schema import ProcessorPair, RunConfig
+from lavis.config.schema import RunConfig
 from lavis.core.dist import World
 from lavis.core.errors import ConfigError, TrainingError
 from lavis.core.paths import resolve
-from lavis.data.assemble import make_builders, prepare_split
+from lavis.data.assemble import Portion, media_processor, portions
 from lavis.data.feature_cache import cache_features
-from lavis.data.image import image_processor
 from lavis.data.loader import ImageFolder, ImageSource, NoImages, TrainLoader
-from lavis.data.prepare import PreparedTable
 from lavis.data.sampler import StepPlan
+from lavis.data.table import PreparedTable
 from lavis.data.texts import Texts
 
 log = logging.getLogger(__name__)
 _IMAGES_BEFORE_STOPPING = 100
 """The share of bad images is judged once this many were read."""
-
-
-def image_processors(recipe: Recipe) -> ProcessorPair:
-    """The image processors of the recipe's datasets with images. Raises ConfigError if they differ."""
-    pairs = {n: d.vis_processor for n, d in recipe.datasets.items() if d.data_type != "text"}
-    name, pair = next(iter(pairs.items()), ("", ProcessorPair()))
-    for other, theirs in pairs.items():
-        if theirs != pair:
-            raise ConfigError(
-                f"datasets.{other}.vis_processor differs from that of {name}: images of one run are processed alike."
-            )
-    return pair
+_NOT_LEARNED = ("pair", "prompt")
+"""Kinds of rows that no objective reads yet."""
 
 
 def accumulation(run: RunConfig, world_size: int) -> int:
@@ -51,32 +41,30 @@ def accumulation(run: RunConfig, world_size: int) -> int:
 
 
 class RunData:
-    """Tables of all splits a run uses; `loader` yields the training steps.
+    """Tables of all sections a run uses; `loader` yields the training steps.
 
-    Without images, batches have ids and labels alone.
+    valid, test: name of the results to the tables they are about. Without images, batches have ids and labels alone.
     """
 
     def __init__(self, recipe: Recipe, texts: Texts, world: World, *, with_images: bool = True) -> None:
         self.recipe, self.texts, self.world = recipe, texts, world
-        run = recipe.run
-        self.splits: dict[str, list[PreparedTable]] = {
-            split: prepare_split(recipe, split, texts.tokenizer)
-            for split in dict.fromkeys(
-                [*([] if run.evaluate else run.train_splits), *run.valid_splits, *run.test_splits]
-            )
-        }
-        self.processors = image_processors(recipe)
-        self.train_images: ImageSource = (
-            ImageFolder(image_processor(self.processors.train)) if with_images else NoImages()
-        )
-        self.eval_images: ImageSource = (
-            ImageFolder(image_processor(self.processors.eval)) if with_images else NoImages()
-        )
-        self._images, self._bad = 0.0, 0.0
-        if not run.evaluate:
-            self.train_tables = [t for split in run.train_splits for t in self.splits[split]]
+        self._portions = [p for p in portions(recipe) if p.section != "train" or not recipe.run.evaluate]
+        _check_kinds(self._portions)
+        tables = [(p, p.prepare(recipe.model, texts.tokenizer)) for p in self._portions]
+        self.valid, self.test = _by_split(tables, "valid"), _by_split(tables, "test")
+        self._tables = [table for _, table in tables]
+        self.train_images, self.eval_images = (self._images_for(with_images, training) for training in (True, False))
+        self._seen, self._bad = 0.0, 0.0
+        if not recipe.run.evaluate:
+            self.train_tables = [table for portion, table in tables if portion.section == "train"]
             self.plan = self._step_plan()
             self._open_loader()
+
+    def _images_for(self, with_images: bool, training: bool) -> ImageSource:
+        sees = hasattr(self.recipe.model, "media")
+        return (
+            ImageFolder(media_processor(self.recipe.model, training=training)) if with_images and sees else NoImages()
+        )
 
     @property
     def num_train_samples(self) -> int:
@@ -84,49 +72,43 @@ class RunData:
         return sum(len(t) for t in self.train_tables)
 
     def _step_plan(self) -> StepPlan:
-        run = self.recipe.run
+        run, data = self.recipe.run, self.recipe.data
         return StepPlan(
             np.concatenate([t.lengths for t in self.train_tables]),
             batch_size=run.batch_size_train,
             accum=accumulation(run, self.world.size),
             world_size=self.world.size,
             seed=run.seed,
-            length_grouping=run.length_grouping,
-            pack_length=run.pack_length if run.packing else None,
+            length_grouping=data.length_grouping,
+            pack_length=data.pack_length if data.packing else None,
             dataset_sizes=[len(t) for t in self.train_tables],
             ratios=self._ratios(),
         )
 
     def _ratios(self) -> list[float] | None:
-        ratios = self.recipe.run.train_dataset_ratios
-        if not ratios:
-            return None
-        builders = make_builders(self.recipe)
-        return [
-            ratios.get(b.name, 0.0) for split in self.recipe.run.train_splits for b in builders if split in b.splits
-        ]
+        weights = [p.source.entry.weight for p in self._portions if p.section == "train"]
+        return None if None in weights else cast("list[float]", weights)
 
     def _open_loader(self) -> None:
-        run = self.recipe.run
         self.loader = TrainLoader(
             self.train_tables,
             self.plan,
             self.train_images,
             self.texts.template.pad_token_id,
             rank=self.world.rank,
-            num_workers=run.num_workers,
-            seed=run.seed,
+            num_workers=self.recipe.data.num_workers,
+            seed=self.recipe.run.seed,
         )
 
     def cache_features(self, model: nn.Module, more: list[str]) -> None:
-        """Replace image files by cached query vectors of `model`'s frozen tower, for training and evaluation.
+        """Replace image files by cached vectors of `model`'s frozen encoder, for training and evaluation.
 
-        `more`: images beside those of the splits.
+        `more`: images beside those of the tables.
         """
-        paths = [p for tables in self.splits.values() for t in tables for p in t.image_paths()] + [
-            str(resolve(p)) for p in more
-        ]
-        cached = cache_features(model, paths, self.eval_images, repr(self.processors.eval), self.world)
+        paths = [p for t in self._tables for p in t.image_paths()] + [str(resolve(p)) for p in more]
+        processor = media_processor(self.recipe.model)
+        encoder: Any = model
+        cached = cache_features(encoder, paths, ImageFolder(processor), repr(processor), self.world)
         self.train_images = self.eval_images = cached
         self.count_images(0, len(paths), cached.bad)
         if not self.recipe.run.evaluate:
@@ -134,11 +116,31 @@ class RunData:
 
     def count_images(self, step: int, images: float, bad: float) -> None:
         """Stop when too many images could not be read. Raises TrainingError naming the share."""
-        self._images += images
+        self._seen += images
         self._bad += bad
-        limit = self.recipe.run.max_bad_image_share
-        if self._images >= _IMAGES_BEFORE_STOPPING and self._bad > limit * self._images:
+        limit = self.recipe.data.max_bad_image_share
+        if self._seen >= _IMAGES_BEFORE_STOPPING and self._bad > limit * self._seen:
             raise TrainingError(
-                f"step {step}: {self._bad:.0f} of {self._images:.0f} images could not be read, more than"
-                f" run.max_bad_image_share={limit}. `lavis data check` lists them."
+                f"step {step}: {self._bad:.0f} of {self._seen:.0f} images could not be read, more than"
+                f" data.max_bad_image_share={limit}. `lavis data check` lists them."
+            )
+
+
+def _by_split(tables: list[tuple[Portion, PreparedTable]], section: str) -> dict[str, list[PreparedTable]]:
+    """Name of the results to the tables of a section."""
+    found: dict[str, list[PreparedTable]] = {}
+    for portion, table in tables:
+        if portion.section == section:
+            found.setdefault(portion.split, []).append(table)
+    return found
+
+
+def _check_kinds(found: list[Portion]) -> None:
+    """Raise ConfigError for rows that can be prepared, but not learned yet."""
+    for portion in found:
+        kind = portion.source.entry.kind
+        if kind in _NOT_LEARNED:
+            raise ConfigError(
+                f"{portion.source.key}.kind is {kind}: rows of this kind are prepared, checked and shown, but no"
+                " objective learns from them yet. Give conversations, captions or documents."
             )

@@ -11,9 +11,10 @@ import torch
 from lavis.config.schema import RunConfig
 from lavis.core.paths import resolve
 from lavis.core.registries import METRICS
-from lavis.core.types import Batch, Conversation, ImageRef, Message
+from lavis.core.types import Batch, Conversation, MediaRef, Message
+from lavis.data.image import size_of
 from lavis.data.loader import eval_batches
-from lavis.data.prepare import PreparedTable
+from lavis.data.table import PreparedTable
 from lavis.data.texts import Texts
 from lavis.eval.answers import Answerer, write_answers
 from lavis.eval.metrics import Metric
@@ -63,8 +64,8 @@ class Evaluator:
 
     def _valid_batches(self) -> Iterator[Batch]:
         size, rank, ranks = self.run.batch_size_eval, self.world.rank, self.world.size
-        for split in self.run.valid_splits:
-            for table in self.data.splits[split]:
+        for tables in self.data.valid.values():
+            for table in tables:
                 yield from eval_batches(table, self.data.eval_images, self.pad_token_id, size, rank, ranks)
 
     def test(self, label: str, *, blind: bool = False) -> dict[str, float]:
@@ -75,10 +76,8 @@ class Evaluator:
         if not self.answerer:
             return {}
         results: dict[str, float] = {}
-        for split in self.run.test_splits:
-            conversations = [_conversation(t, i) for t in self.data.splits[split] for i in range(len(t))][
-                : self.run.max_eval_samples
-            ]
+        for split, tables in self.data.test.items():
+            conversations = [_conversation(t, i) for t in tables for i in range(len(t))][: self.run.max_eval_samples]
             if blind:
                 conversations = [without_images(c) for c in conversations]
             answers = self.answerer.answer(
@@ -103,8 +102,7 @@ class Evaluator:
     def _prompts(self) -> list[Conversation]:
         if self.run.sample_prompts:
             return [_prompt(p.image and str(resolve(p.image)), p.prompt) for p in self.run.sample_prompts]
-        splits = [*self.run.test_splits, *self.run.valid_splits]
-        tables = self.data.splits[splits[0]] if splits else []
+        tables = next(iter([*self.data.test.values(), *self.data.valid.values()]), [])
         rows = [(t, i) for t in tables for i in range(len(t))]
         # odd: rows often come in pairs of two languages
         stride = max(1, len(rows) // max(1, self.run.num_sample_prompts)) | 1
@@ -116,7 +114,8 @@ def _conversation(table: PreparedTable, index: int) -> Conversation:
 
     def absolute(message: Message) -> Message:
         return replace(
-            message, parts=tuple(p if isinstance(p, str) else ImageRef(table.image_path(p.path)) for p in message.parts)
+            message,
+            parts=tuple(p if isinstance(p, str) else replace(p, path=table.image_path(p.path)) for p in message.parts),
         )
 
     conversation = table.conversation(index)
@@ -124,5 +123,5 @@ def _conversation(table: PreparedTable, index: int) -> Conversation:
 
 
 def _prompt(image: str | None, text: str) -> Conversation:
-    parts = ("<Img>", ImageRef(image), f"</Img> {text}") if image else (text,)
+    parts = (MediaRef(image, size_of(image)), f" {text}") if image else (text,)
     return Conversation((Message("user", parts),))

@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 
 def run_planner(recipe: Recipe, tables: Sequence[PreparedTable], ranks: Ranks) -> Planner:
     """Plans of a run on this rank's hardware, for the longest row of its training `tables`."""
-    run = recipe.run
+    run, data = recipe.run, recipe.data
     lengths, supervised, images = (
-        np.concatenate([getattr(t, name) for t in tables]) for name in ("lengths", "num_tokens", "num_images")
+        np.concatenate([getattr(t, name) for t in tables]) for name in ("lengths", "supervised_tokens", "num_images")
     )
-    if run.packing:
-        filled = run.pack_length / lengths.sum()
+    if data.packing:
+        filled = data.pack_length / lengths.sum()
         row = {
-            "tokens": run.pack_length,
+            "tokens": data.pack_length,
             "images": math.ceil(filled * images.sum()),
             "supervised": math.ceil(filled * supervised.sum()),
         }
@@ -52,7 +52,7 @@ def settle_recomputation(recipe: Recipe, texts: Texts, strategy: type[Strategy],
     needed = False
     if world.device.type == "cuda" and not recipe.run.evaluate:
         with world.local_main_first():
-            tables = [t for split in recipe.run.train_splits for t in prepare_split(recipe, split, texts.tokenizer)]
+            tables = prepare_split(recipe, "train", texts.tokenizer)
         needed = world.broadcast(_needs_it(recipe, tables, strategy, ranks) if world.is_main else None)
     return replace(recipe, model=model.with_recomputation(needed))
 

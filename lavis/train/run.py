@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, strategy: type[Strategy], w: World) -> Job:
     )
     learner.train()
     counts = parameter_counts(learner, ranks)
-    if run.cache_features and ranks.sees:
+    if recipe.data.cache_features and ranks.sees:
         data.cache_features(learner.image_encoder(), [p.image for p in run.sample_prompts if p.image])
     frozen = {key: identity(path) for key, path in frozen_files(recipe.model).items()}
     log.info("run folder %s; ready after %.1f s", opened.path, time.perf_counter() - started)
@@ -130,7 +130,7 @@ def evaluate(job: Job) -> dict[str, Any]:
         _load(job, job.checkpoint)
     evaluator, run = job.evaluator(job.learner), job.recipe.run
     results = evaluator.test("test")
-    if run.valid_splits:
+    if job.data.valid:
         results |= {f"valid/{name}": value for name, value in evaluator.validate().items()}
     if run.evaluate_blind:
         results |= evaluator.test("blind", blind=True)

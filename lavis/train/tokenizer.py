@@ -11,7 +11,7 @@ from typing import Any
 from lavis.config.recipe import Recipe
 from lavis.core.errors import ConfigError
 from lavis.core.paths import cache_root
-from lavis.core.registries import DATASETS
+from lavis.data.assemble import examples_of
 from lavis.runs.folder import SUMMARY, open_run_folder
 from lavis.tokens.training import TokenizerTraining
 
@@ -28,9 +28,7 @@ def train_tokenizer(recipe: Recipe) -> dict[str, Any]:
     folder = open_run_folder(recipe).path
     (folder / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     training = TokenizerTraining(recipe)
-    builders = [DATASETS.get(name)(name, config) for name, config in recipe.datasets.items()]
-    splits = recipe.run.train_splits
-    tokenizer = training.fit(c for b in builders for split in splits for c in b.conversations(split))
+    tokenizer = training.fit(examples_of(recipe, "train"))
     written = [str(p) for p in training.export(tokenizer, cache_root() / Path(recipe.run.export))]
     seconds = round(time.perf_counter() - started, 2)
     summary = {"vocab_size": len(tokenizer), "seconds": seconds, "written": written}

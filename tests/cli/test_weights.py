@@ -343,11 +343,12 @@ datasets:
         train: {{url: ["{site.address}/file", /export/b.json], storage: [a.json, b.json]}}
         val: {{url: "{site.address}/file", sha256: "{"0" * 64}", storage: val.json}}
       images: {{storage: images}}
+run: {{valid_splits: [val]}}
 """
     put(cache.parent / "my.yaml", recipe)
     assert main(["weights", "my.yaml", "--download"]) == 1
     out, err = capsys.readouterr()
-    assert (cache / "a.json").read_bytes() == b"[]" and "cache/a.json  (datasets.instruction" in out
+    assert (cache / "a.json").read_bytes() == b"[]" and "cache/a.json  (data.train.0.path" in out
     assert not (cache / "val.json").exists() and "sha256 of what came" in err
     assert "no address is known" in out and out.endswith("2 of 5 missing\n")
     assert fake_hub.calls[-1]["repo"] == "Qwen/Qwen-7B-Chat" and names(cache / "ckpt/Qwen7B-chat") == sorted(HUB_FILES)
@@ -385,7 +386,7 @@ def test_a_packaged_llm_is_assembled_by_its_package(
 def test_an_address_for_each_annotation_file(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = "datasets.llava_instruction.build_info.annotations.train"
     assert main(["weights", RECIPE, "--options", f"{key}.url=[https://example.org/a,https://example.org/b]"]) == 2
-    assert f"{key}.url has 2 for the 1 of {key}.storage" in capsys.readouterr().err
+    assert "data.train.1.url has 2 for the 1 of data.train.1.path" in capsys.readouterr().err
 
 
 def test_every_source_is_what_a_default_names() -> None:

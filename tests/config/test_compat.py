@@ -31,14 +31,14 @@ run:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe of a time when run.seed was called run.random_seed, and run.shuffle set run.num_workers."""
+    """A recipe of a time when run.seed was called run.random_seed, and run.shuffle set run.num_sample_prompts."""
 
     def rules(values: Mapping[str, Any]) -> Iterator[Any]:
         shuffle = values["run"].get("shuffle")
         if isinstance(shuffle, str):
             yield Wrong("run.shuffle", f"{shuffle!r} is no number")
         elif shuffle is not None:
-            yield "run.num_workers", shuffle, ("run.shuffle",)
+            yield "run.num_sample_prompts", shuffle, ("run.shuffle",)
 
     monkeypatch.setattr(run, "RENAMES", {"run.random_seed": "run.seed"})
     monkeypatch.setitem(compat.RENAMES, "run.random_seed", "run.seed")
@@ -51,8 +51,8 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_older_names_are_read_in_every_layer_and_in_references(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["run.random_seed=9"])
-    assert (recipe.run.seed, recipe.run.num_workers, recipe.run.output_dir) == (9, 3, "out/9")
-    assert (recipe.origins["run.seed"], recipe.origins["run.num_workers"]) == ("--options", str(recipe_file))
+    assert (recipe.run.seed, recipe.run.num_sample_prompts, recipe.run.output_dir) == (9, 3, "out/9")
+    assert (recipe.origins["run.seed"], recipe.origins["run.num_sample_prompts"]) == ("--options", str(recipe_file))
 
 
 def test_a_saved_config_is_translated_too_and_without_a_word(
@@ -74,7 +74,7 @@ def test_they_are_mentioned_once(recipe_file: Path, caplog: pytest.LogCaptureFix
         load_recipe(recipe_file)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "these keys have newer names: run.shuffle -> run.num_workers, run.random_seed -> run.seed."
+        "these keys have newer names: run.shuffle -> run.num_sample_prompts, run.random_seed -> run.seed."
     )
 
 

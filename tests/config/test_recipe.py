@@ -43,18 +43,16 @@ def test_later_layers_win_and_origins_name_them(recipe_file: Path) -> None:
     expected = {
         "run.min_lr": (1e-6, "schema"),
         "model.llm.weights": ("ckpt/Qwen7B-chat", "lavis/configs/models/minigpt4qwen/qwen7b_chat.yaml"),
-        "datasets.minigpt4_instruction.vis_processor.train.name": (
-            "blip2_image_eval",
-            "lavis/configs/datasets/minigpt4_instruction.yaml",
-        ),
+        "model.media.processor": ("blip2_image_eval", "lavis/configs/models/minigpt4qwen/qwen7b_chat.yaml"),
         "run.seed": (7, str(recipe_file)),
         "run.output_dir": ("out/7", str(recipe_file)),
         "run.init_lr": (3e-5, "--options"),
-        "run.test_splits": (["train"], "--options"),
     }
     flat = recipe.flat()
     assert {key: (flat[key], recipe.origins[key]) for key in expected} == expected
     assert set(recipe.origins) == set(flat)
+    assert [entry["split"] for entry in flat["data.test"]] == ["train"]
+    assert (recipe.origins["data.train"], recipe.origins["data.test"]) == (str(recipe_file), "--options")
 
 
 def test_an_interpolation_sees_the_options_and_the_schema(recipe_file: Path) -> None:
@@ -65,7 +63,7 @@ def test_an_interpolation_sees_the_options_and_the_schema(recipe_file: Path) -> 
 def test_the_saved_config_reads_back_equal(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     again = recipe_from_dict(recipe.to_dict())
-    assert (again.model, again.datasets, again.run) == (recipe.model, recipe.datasets, recipe.run)
+    assert (again.model, again.data, again.run) == (recipe.model, recipe.data, recipe.run)
 
 
 def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_file: Path) -> None:
@@ -114,7 +112,7 @@ def test_a_wrong_option_says_what_and_where(recipe_file: Path, options: list[str
         ("run:\n  seed: [1\n", ":3: not valid YAML"),
         ("- 1\n", "a recipe is a mapping"),
         ("run:\n  seed: 1\n  seed: 2\n", "duplicate key"),
-        ("run: {seed: 1}\n", "lacks the section 'model' and 'datasets'"),
+        ("run: {seed: 1}\n", "lacks the section 'model' and 'data'"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named_with_the_line(recipe_file: Path, text: str, said: str) -> None:
@@ -156,7 +154,7 @@ def test_numbers_are_read_as_their_field_wants(recipe_file: Path) -> None:
 def test_an_empty_section_means_the_defaults_but_a_null_value_overrides(recipe_file: Path) -> None:
     recipe_file.write_text(RECIPE.replace("    vis_processor:\n", "").replace("seed: 7", "seed: 7\n  grad_norm_clip:"))
     recipe = load_recipe(recipe_file)
-    assert recipe.datasets["minigpt4_instruction"].build_info.annotations["train"].storage is not None
+    assert recipe.data.train[0].path is not None
     assert recipe.run.grad_norm_clip is None
 
 
@@ -168,9 +166,9 @@ def test_missing_files_are_named_by_key_and_place(
     annotations = "datasets.minigpt4_instruction.build_info.annotations.train.storage"
     recipe = load_recipe(recipe_file, [f"{annotations}=[here.json,there.json]"])
     missing = missing_files(recipe)
-    assert (annotations, tmp_path / "there.json") in missing
+    assert ("data.train.0.path", tmp_path / "there.json") in missing
     assert ("model.connector.weights", tmp_path / "ckpt/blip2/blip2_pretrained_flant5xxl.pth") in missing
-    assert (annotations, tmp_path / "here.json") not in missing
+    assert ("data.train.0.path", tmp_path / "here.json") not in missing
 
 
 def test_a_model_section_and_its_processors_stand_alone() -> None:

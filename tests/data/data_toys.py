@@ -5,6 +5,9 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lavis.core.registries import MEDIA_FORMATS
+from lavis.tokens.media import MediaSpec, Tiles
+
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>"]
 
 
@@ -22,3 +25,8 @@ def small_tokenizer(
     )
     extra = [s for s in specials if s != eos]
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, extra_special_tokens=extra, **options)
+
+
+def media(tokens_per_tile: int, name: str = "minigpt4qwen", processor: Tiles | None = None) -> MediaSpec:
+    """Pictures of so many vectors a tile, in the media format `name`."""
+    return MediaSpec(MEDIA_FORMATS.get(name), tokens_per_tile, processor)

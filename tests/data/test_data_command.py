@@ -28,7 +28,7 @@ datasets:
         train: {storage: mine/train.json}
         val: {storage: mine/val.json}
       images: {storage: mine/pictures}
-run: {}
+run: {valid_splits: [val]}
 """
 GOOD = [
     {"id": "first", "image": "a.png", "instruction": "What?", "output": "red"},

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from lavis.core.errors import DataError
-from lavis.core.types import Conversation, ImageRef, Message, RowError
-from lavis.data.formats import detect_format, read_rows, to_conversation
+from lavis.core.types import Conversation, MediaRef, Message, RowError
+from lavis.data.dialects import detect, to_conversation
+from lavis.data.files import read_rows
 
-IMAGE = ImageRef("a.png")
-ONE_TURN = (Message("user", ("<Img>", IMAGE, "</Img> What?")), Message("assistant", ("red",)))
+IMAGE = MediaRef("a.png")
+ONE_TURN = (Message("user", (IMAGE, " What?")), Message("assistant", ("red",)))
 SAME = {
     "minigpt4qwen": {"image": "a.png", "instruction": "<Img><ImageHere></Img> What?", "output": "red"},
     "minigpt4qwen without a tag": {"image": "a.png", "instruction": "What?", "output": "red"},
@@ -43,12 +44,12 @@ SAME = {
 
 
 def read(row: dict[str, Any]) -> Conversation:
-    return to_conversation(row, detect_format(row), where="file row 1")
+    return to_conversation(row, detect(row), where="file row 1")
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_dialects_agree(name: str) -> None:
-    assert detect_format(SAME[name]) == name.split()[0]
+    assert detect(SAME[name]) == name.split()[0]
     assert read(SAME[name]).messages == ONE_TURN
 
 
@@ -60,7 +61,7 @@ def test_sharegpt_is_text_only() -> None:
             {"from": "gpt", "value": "A"},
         ]
     }
-    assert detect_format(row) == "sharegpt"
+    assert detect(row) == "sharegpt"
     assert [(m.role, m.text) for m in read(row).messages] == [("system", "S"), ("user", "Q"), ("assistant", "A")]
 
 
@@ -79,7 +80,7 @@ def test_several_turns_and_images() -> None:
     }
     conversation = read(row)
     assert conversation.images == ("a.png", "b.png")
-    assert conversation.messages[2].parts == ("two ", ImageRef("b.png"))
+    assert conversation.messages[2].parts == ("two ", MediaRef("b.png"))
     assert conversation.messages[3].parts == ("<ImageHere> stays text",)
     assert (conversation.id, conversation.kind, conversation.lang) == ("7", "colour", "en")
 
@@ -95,7 +96,7 @@ def test_literal_image_tag_of_llava_in_an_answer_stays_text() -> None:
         "image": "a.png",
         "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<image>"}],
     }
-    assert read(row).messages == (Message("user", ("<Img>", IMAGE, "</Img>")), Message("assistant", ("<image>",)))
+    assert read(row).messages == (Message("user", (IMAGE,)), Message("assistant", ("<image>",)))
 
 
 BAD = {
@@ -131,12 +132,12 @@ def test_bad_rows_say_what_and_where(what: str) -> None:
     with pytest.raises(RowError, match=what) as caught:
         read(BAD[what])
     assert str(caught.value).startswith("file row 1: ")
-    assert caught.value.mend in str(caught.value)
+    assert caught.value.fix in str(caught.value)
 
 
 def test_unknown_dialect() -> None:
     with pytest.raises(DataError, match="no known annotation dialect"):
-        detect_format({"question": "x"})
+        detect({"question": "x"})
 
 
 ROWS = [{"image": "a.png", "instruction": ["x", "红色?"], "output": ["y", "z"]}, {"instruction": "x", "output": "y"}]

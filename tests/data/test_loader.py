@@ -12,17 +12,18 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from lavis.config.schema import AnnotationSource, BuildInfo, DatasetConfig
-from lavis.config.schema import ImageSource as ImagesConfig
-from lavis.core.registries import DATASETS
-from lavis.core.types import IGNORE_INDEX, Batch, Sample
+from lavis.config.schema import DataEntry
+from lavis.core.types import IGNORE_INDEX, Batch, MediaRef, MediaSpan, Sample
 from lavis.data.image import EvalImage, TrainImage
 from lavis.data.loader import ImageFolder, TrainLoader, collate, eval_batches
-from lavis.data.prepare import PreparedTable, prepare
+from lavis.data.prepare import prepare
 from lavis.data.sampler import StepPlan
+from lavis.data.sources import FileSource
+from lavis.data.table import PreparedTable
 from lavis.tokens.template import ChatTemplate
+from tests.data.data_toys import media
 
-A = Sample((1, 2, 3), (IGNORE_INDEX, 2, 3), ("a",))
+A = Sample((1, 2, 3), (IGNORE_INDEX, 2, 3), (MediaSpan(MediaRef("a"), 0, 1),))
 B = Sample((4, 5), (IGNORE_INDEX, 5))
 
 
@@ -33,7 +34,7 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.labels.tolist() == [[-100, 2, 3], [-100, 5, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
     assert batch.pixel_values is pixels and batch.features is None
-    assert (batch.num_tokens, batch.num_samples, batch.num_pad, batch.bad_images) == (3, 2, 1, 1)
+    assert (batch.supervised_tokens, batch.num_samples, batch.num_pad, batch.bad_images) == (3, 2, 1, 1)
     assert {t.dtype for t in (batch.input_ids, batch.labels, batch.position_ids)} == {torch.int64}
 
 
@@ -41,7 +42,7 @@ def test_collate_packs_with_the_padding_as_a_run_of_its_own() -> None:
     batch = collate([[A, B], [A]], {}, pad_id=9, pack_length=7)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 9, 9], [1, 2, 3, 9, 9, 9, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 0, 1, 2, 3]]
-    assert (batch.num_tokens, batch.num_samples, batch.num_pad) == (5, 3, 6)
+    assert (batch.supervised_tokens, batch.num_samples, batch.num_pad) == (5, 3, 6)
 
 
 def test_bad_images_become_blank_counted_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,11 +71,9 @@ def table(cache: Path, tokenizer: PreTrainedTokenizerFast) -> PreparedTable:
         rows.append(row)
     (cache / "pictures" / "1.png").unlink()
     (cache / "rows.json").write_text(json.dumps(rows))
-    info = BuildInfo({"train": AnnotationSource(storage="rows.json")}, ImagesConfig("pictures"))
-    template = ChatTemplate(tokenizer, 2, max_length=200)
-    return prepare(
-        DATASETS.get("instruction")("mine", DatasetConfig(build_info=info)), "train", template, sample_format="chat"
-    )
+    template = ChatTemplate(tokenizer, media(2), max_length=200)
+    entry = DataEntry(name="mine", path="rows.json", images="pictures")
+    return prepare(FileSource(entry, "data.train.0", "train"), template)
 
 
 def loader(
@@ -108,7 +107,7 @@ def assert_same(one: list[list[Batch]], other: list[list[Batch]]) -> None:
         for name in ("input_ids", "labels", "position_ids", "pixel_values"):
             x, y = getattr(a, name), getattr(b, name)
             assert x is y is None or torch.equal(x, y), name
-        assert (a.num_tokens, a.num_samples, a.bad_images) == (b.num_tokens, b.num_samples, b.bad_images)
+        assert (a.supervised_tokens, a.num_samples, a.bad_images) == (b.supervised_tokens, b.num_samples, b.bad_images)
 
 
 @pytest.mark.parametrize("pack", [None, 250])
@@ -145,13 +144,13 @@ def test_crops_change_with_step_and_epoch(table: PreparedTable) -> None:
 def test_evaluation_sees_every_sample_once_in_equal_numbers_of_batches(
     table: PreparedTable, tokenizer: PreTrainedTokenizerFast, world: int
 ) -> None:
-    template = ChatTemplate(tokenizer, 2, max_length=200)
+    template = ChatTemplate(tokenizer, media(2), max_length=200)
     images = ImageFolder(EvalImage(8))
     ranks = [list(eval_batches(table, images, template.pad_token_id, 13, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [b for batches in ranks for b in batches]
     assert sum(b.num_samples for b in batches) == 40
-    assert sum(b.num_tokens for b in batches) == table.num_tokens.sum()
+    assert sum(b.supervised_tokens for b in batches) == table.supervised_tokens.sum()
     assert sum(len(b.pixel_values) for b in batches if b.pixel_values is not None and b.num_samples) == 30
     empty = [b for b in batches if not b.num_samples]
     assert all((b.labels == IGNORE_INDEX).all() for b in empty)

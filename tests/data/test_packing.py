@@ -32,5 +32,5 @@ def test_a_hundred_thousand_samples_in_seconds() -> None:
 
 
 def test_too_long_a_sample_is_told() -> None:
-    with pytest.raises(DataError, match="run.pack_length"):
+    with pytest.raises(DataError, match="data.pack_length"):
         pack([3, 11], 10, 0)

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lavis.config.schema import AnnotationSource, BuildInfo, DatasetConfig, ImageSource, TextProcessorPair
+from lavis.config.schema import DataEntry, TextConfig
 from lavis.core.errors import ConfigError, DataError
-from lavis.core.registries import DATASETS
+from lavis.core.registries import SOURCES
 from lavis.data import prepare as module
-from lavis.data.builders import InstructionBuilder
-from lavis.data.prepare import PreparedTable, prepare
-from lavis.tokens.template import CaptionTemplate, ChatTemplate
+from lavis.data.prepare import prepare
+from lavis.data.sources import FileSource
+from lavis.data.table import PreparedTable
+from lavis.tokens.caption import CaptionTemplate
+from lavis.tokens.template import ChatTemplate
+from tests.data.data_toys import media
 
 ROWS: list[Any] = [
     {"id": "one", "kind": "colour", "lang": "en", "image": "a.png", "instruction": "What?", "output": "red"},
@@ -28,28 +31,28 @@ ROWS: list[Any] = [
 ]
 
 
-def builder(cache: Path, rows: list[Any] = ROWS, **options: Any) -> InstructionBuilder:
+def source(cache: Path, rows: list[Any] = ROWS, **options: Any) -> FileSource:
     (cache / "rows.json").write_text(json.dumps(rows))
-    info = BuildInfo({"train": AnnotationSource(storage="rows.json")}, ImageSource("pictures"))
-    return DATASETS.get("instruction")("mine", DatasetConfig(build_info=info, **options))
+    entry = DataEntry(name="mine", path="rows.json", images="pictures", **options)
+    return FileSource(entry, "data.train.0", "train")
 
 
 @pytest.fixture
 def template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
-    return ChatTemplate(tokenizer, 4, max_length=100)
+    return ChatTemplate(tokenizer, media(4), max_length=100)
 
 
 def test_table_holds_samples_conversations_and_report(cache: Path, template: ChatTemplate) -> None:
-    table = prepare(builder(cache), "train", template, sample_format="chat")
+    table = prepare(source(cache), template)
     assert len(table) == 2
     conversation = table.conversation(0)
-    assert conversation == next(builder(cache).conversations("train"))
+    assert conversation == next(source(cache).examples())
     assert (conversation.id, conversation.kind, conversation.lang) == ("one", "colour", "en")
     sample = template.encode(conversation)
     assert table.sample(0).input_ids == sample.input_ids and table.sample(0).labels == sample.labels
     assert table.sample(0).images == (str(cache / "pictures" / "a.png"),)
     assert table.lengths.tolist() == [len(table.sample(i)) for i in range(2)] and table.lengths.dtype == "int32"
-    assert table.num_tokens.tolist() == [table.sample(i).num_tokens for i in range(2)]
+    assert table.supervised_tokens.tolist() == [table.sample(i).supervised_tokens for i in range(2)]
     report = table.report
     assert (report.rows, report.kept) == (5, 2)
     assert {reason: p.count for reason, p in report.dropped.items()} == {
@@ -61,7 +64,7 @@ def test_table_holds_samples_conversations_and_report(cache: Path, template: Cha
 
 
 def test_table_pickles_small(cache: Path, template: ChatTemplate) -> None:
-    table = prepare(builder(cache), "train", template, sample_format="chat")
+    table = prepare(source(cache), template)
     data = pickle.dumps(table)
     assert len(data) < 2000 and pickle.loads(data).sample(1) == table.sample(1)
 
@@ -72,26 +75,22 @@ def test_second_call_reuses_what_changes_rebuilds(
     made: list[Path] = []
     write = module._write
     monkeypatch.setattr(module, "_write", lambda folder, *rest: (made.append(folder), write(folder, *rest)))
-    prepare(builder(cache), "train", template, sample_format="chat")
-    prepare(builder(cache), "train", template, sample_format="chat")
+    prepare(source(cache), template)
+    prepare(source(cache), template)
     assert len(made) == 1
-    prepare(builder(cache, ROWS[:1]), "train", template, sample_format="chat")
-    prepare(builder(cache), "train", ChatTemplate(tokenizer, 5, max_length=100), sample_format="chat")
-    prepare(builder(cache), "train", CaptionTemplate(tokenizer, 20), sample_format="caption")
-    prompted = TextProcessorPair()
-    prompted.train.prompt = "Look: "
-    table = prepare(builder(cache, text_processor=prompted), "train", template, sample_format="chat")
+    prepare(source(cache, ROWS[:1]), template)
+    prepare(source(cache), ChatTemplate(tokenizer, media(5), max_length=100))
+    prepare(source(cache), CaptionTemplate(tokenizer, 20))
+    table = prepare(source(cache, text=TextConfig(prompt="Look: ")), template)
     assert len(made) == 5
-    assert table.conversation(0).messages[0].parts[-1] == "</Img> Look: What?"
+    assert table.conversation(0).messages[0].parts[-1] == " Look: What?"
     assert sorted(p.name for p in (cache / "prepared").glob(".*")) == []
 
 
 def test_racing_preparations_agree(cache: Path, template: ChatTemplate) -> None:
-    b = builder(cache)
+    b = source(cache)
     with ThreadPoolExecutor(4) as pool:
-        tables: list[PreparedTable] = list(
-            pool.map(lambda _: prepare(b, "train", template, sample_format="chat"), range(4))
-        )
+        tables: list[PreparedTable] = list(pool.map(lambda _: prepare(b, template), range(4)))
     assert len({t.folder for t in tables}) == 1 and all(len(t) == 2 for t in tables)
     assert len(list((cache / "prepared").iterdir())) == 1
 
@@ -99,23 +98,23 @@ def test_racing_preparations_agree(cache: Path, template: ChatTemplate) -> None:
 def test_nothing_usable_is_an_error_and_leaves_nothing(cache: Path, template: ChatTemplate) -> None:
     for rows in (ROWS[1:2], []):
         with pytest.raises(DataError, match=f"none of {len(rows)} rows"):
-            prepare(builder(cache, rows), "train", template, sample_format="chat")
+            prepare(source(cache, rows), template)
     assert list((cache / "prepared").iterdir()) == []
 
 
 def test_missing_files_and_splits_are_told(cache: Path) -> None:
-    b = builder(cache)
+    b = source(cache)
     (cache / "rows.json").unlink()
-    with pytest.raises(DataError, match=r"rows\.json does not exist.*datasets\.mine\.build_info"):
-        b.annotation_files("train")
+    with pytest.raises(DataError, match=r"rows\.json does not exist.*data\.train\.0\.path"):
+        b.files()
     with pytest.raises(DataError, match="Did you mean 'train'"):
-        b.annotation_files("trian")
+        SOURCES.get("shapes_text")(DataEntry(source="shapes_text"), "data.train.0", "trian").files()
 
 
 def test_mixed_dialects_are_told_apart_row_by_row(cache: Path) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]
     rows = [{"conversations": turns}, {"instruction": "Hi", "output": "yes"}]
-    first, second = builder(cache, rows).conversations("train")
+    first, second = source(cache, rows).examples()
     assert first.messages == second.messages
 
 
@@ -126,15 +125,17 @@ def test_shapes_generate_themselves(cache: Path, tokenizer: PreTrainedTokenizerF
         "shapes_caption": ["train"],
         "shapes_text": ["train", "val"],
     }.items():
-        shapes = DATASETS.get(name)(name, DatasetConfig(generate=sizes))
-        assert shapes.splits == splits
+        assert list(SOURCES.get(name).parts) == splits
         template = (
-            CaptionTemplate(tokenizer, 64) if name == "shapes_caption" else ChatTemplate(tokenizer, 4, max_length=2000)
+            CaptionTemplate(tokenizer, 64)
+            if name == "shapes_caption"
+            else ChatTemplate(tokenizer, media(4), max_length=2000)
         )
         for split in splits:
-            table = prepare(shapes, split, template, sample_format="any")
+            shapes = SOURCES.get(name)(DataEntry(source=name, generate=sizes), "data.train.0", split)
+            table = prepare(shapes, template)
             assert table.report.num_dropped == 0
             assert all(Path(p).is_file() for p in table.sample(0).images)
             assert bool(table.sample(0).images) == (name != "shapes_text")
     with pytest.raises(ConfigError, match="Did you mean 'train'"):
-        DATASETS.get("shapes_text")("shapes_text", DatasetConfig(generate={"trian": 1}))
+        SOURCES.get("shapes_text")(DataEntry(source="shapes_text", generate={"trian": 1}), "data.train.0", "train")

@@ -11,15 +11,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lavis.core.errors import DataError
-from lavis.core.types import IGNORE_INDEX, Conversation, ImageRef, Message, RowError
-from lavis.tokens.template import CaptionTemplate, ChatTemplate, ensure_image_token, image_token_id, without_images
+from lavis.core.types import IGNORE_INDEX, Conversation, MediaRef, Message, RowError
+from lavis.tokens.caption import CaptionTemplate
+from lavis.tokens.template import ChatTemplate, ensure_image_token, image_token_id, without_images
 from lavis.tokens.text_encoder import special_ids
-from tests.data.data_toys import SPECIALS, small_tokenizer
+from tests.data.data_toys import SPECIALS, media, small_tokenizer
 
 QUERIES = 3
 
 
-def talk(*turns: str | tuple[str | ImageRef, ...], system: str | None = None) -> Conversation:
+def talk(*turns: str | tuple[str | MediaRef, ...], system: str | None = None) -> Conversation:
     """User and assistant turns in alternation."""
     messages = [] if system is None else [Message("system", (system,))]
     for i, turn in enumerate(turns):
@@ -42,7 +43,7 @@ def marked(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, conversat
 S, E = "<|im_start|>", "<|im_end|>"
 IMG, END_IMG = "< I m g >", "< / I m g >"
 A, M = "assistant", "markup"
-PICTURE = ("<Img>", ImageRef("a.png"), "</Img> Hi")
+PICTURE = (MediaRef("a.png"), " Hi")
 EXPECTED = {
     "one turn": (
         talk("Hi", "yes", system="no"),
@@ -93,18 +94,20 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_labels_token_by_token(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     conversation, assistant, markup = EXPECTED[name]
-    assert marked(tokenizer, ChatTemplate(tokenizer, QUERIES, A), conversation) == assistant
-    assert marked(tokenizer, ChatTemplate(tokenizer, QUERIES, M), conversation) == markup
+    assert marked(tokenizer, ChatTemplate(tokenizer, media(QUERIES), A), conversation) == assistant
+    assert marked(tokenizer, ChatTemplate(tokenizer, media(QUERIES), M), conversation) == markup
 
 
 def test_default_system_message(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = tokenizer.decode(ChatTemplate(tokenizer, 1).encode(talk("Hi", "yes")).input_ids)
+    text = tokenizer.decode(ChatTemplate(tokenizer, media(1)).encode(talk("Hi", "yes")).input_ids)
     assert text == f"{S}system\nYou are a helpful assistant.{E}\n{S}user\nHi{E}\n{S}assistant\nyes{E}\n"
-    assert "system" not in tokenizer.decode(ChatTemplate(tokenizer, 1, system="").encode(talk("Hi", "yes")).input_ids)
+    assert "system" not in tokenizer.decode(
+        ChatTemplate(tokenizer, media(1), system="").encode(talk("Hi", "yes")).input_ids
+    )
 
 
 def test_prompt_is_what_precedes_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = ChatTemplate(tokenizer, QUERIES)
+    template = ChatTemplate(tokenizer, media(QUERIES))
     sample = template.encode(talk(PICTURE, "red"))
     answer = next(i for i, label in enumerate(sample.labels) if label != IGNORE_INDEX)
     for conversation in (talk(PICTURE, "red"), talk(PICTURE)):
@@ -114,7 +117,7 @@ def test_prompt_is_what_precedes_the_answer(tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_encode_many_equals_encode(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = ChatTemplate(tokenizer, QUERIES)
+    template = ChatTemplate(tokenizer, media(QUERIES))
     conversations = [c for c, _, _ in EXPECTED.values()]
     assert template.encode_many(conversations) == [template.encode(c) for c in conversations]
 
@@ -141,7 +144,7 @@ THINKING = (
 @pytest.mark.parametrize("jinja", [GEMMA, VICUNA, THINKING])
 def test_text_equals_the_template_of_transformers(jinja: str) -> None:
     tokenizer = small_tokenizer(chat_template=jinja, bos_token="<|endoftext|>")
-    template = ChatTemplate(tokenizer, QUERIES, system="")
+    template = ChatTemplate(tokenizer, media(QUERIES), system="")
     turns = [("user", " Hi "), ("assistant", "yes\n"), ("user", "Hi"), ("assistant", "no ")]
     messages = [{"role": role, "content": text} for role, text in turns]
     sample = template.encode(talk(*(text for _, text in turns)))
@@ -157,7 +160,7 @@ def test_text_equals_the_template_of_transformers(jinja: str) -> None:
 
 def test_template_that_refuses_system_messages_gets_none() -> None:
     tokenizer = small_tokenizer(chat_template=GEMMA, bos_token="<|endoftext|>")
-    text = tokenizer.decode(ChatTemplate(tokenizer, 1).encode(talk("Hi", "yes", system="no")).input_ids)
+    text = tokenizer.decode(ChatTemplate(tokenizer, media(1)).encode(talk("Hi", "yes", system="no")).input_ids)
     assert text == f"<|endoftext|>{S}user\nHi{E}\n{S}assistant\nyes{E}\n"
 
 
@@ -166,12 +169,12 @@ def test_end_of_sequence_is_learned_where_the_template_ends_bare() -> None:
         "{% for m in messages %}{{ m.role + ' ' + m.content }}{% endfor %}{% if add_generation_prompt %}assistant {%"
         " endif %}"
     )
-    template = ChatTemplate(small_tokenizer(chat_template=bare), 1)
+    template = ChatTemplate(small_tokenizer(chat_template=bare), media(1))
     assert template.encode(talk("Hi", "yes")).labels[-1] == template.tokenizer.eos_token_id
 
 
 def test_ids_for_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = ChatTemplate(tokenizer, 1)
+    template = ChatTemplate(tokenizer, media(1))
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIALS}
     assert template.stop_token_ids == (ids[S], ids[E])
     assert (template.pad_token_id, template.image_token_id) == (ids["<|endoftext|>"], ids["<|extra_0|>"])
@@ -179,8 +182,8 @@ def test_ids_for_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_missing_tokens_are_told() -> None:
     with pytest.raises(DataError, match="no chat template"):
-        ChatTemplate(small_tokenizer(["<|endoftext|>"], eos="<|endoftext|>"), 1)
-    template = ChatTemplate(small_tokenizer(SPECIALS[:3]), 1)
+        ChatTemplate(small_tokenizer(["<|endoftext|>"], eos="<|endoftext|>"), media(1))
+    template = ChatTemplate(small_tokenizer(SPECIALS[:3]), media(1))
     assert template.encode(talk("Hi", "yes"))
     with pytest.raises(DataError, match="can hold an image's place"):
         template.encode(talk(PICTURE, "red"))
@@ -188,18 +191,18 @@ def test_missing_tokens_are_told() -> None:
 
 def test_text_only_model_refuses_images(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="text only"):
-        ChatTemplate(tokenizer, 0).encode(talk(PICTURE, "red"))
+        ChatTemplate(tokenizer, None).encode(talk(PICTURE, "red"))
 
 
 def test_fingerprint_follows_what_matters(tokenizer: PreTrainedTokenizerFast) -> None:
-    base = ChatTemplate(tokenizer, 1).fingerprint()
-    assert ChatTemplate(small_tokenizer(), 1).fingerprint() == base
+    base = ChatTemplate(tokenizer, media(1)).fingerprint()
+    assert ChatTemplate(small_tokenizer(), media(1)).fingerprint() == base
     others = [
-        ChatTemplate(tokenizer, 2),
-        ChatTemplate(tokenizer, 1, "markup"),
-        ChatTemplate(tokenizer, 1, max_length=9),
-        ChatTemplate(tokenizer, 1, system="x"),
-        ChatTemplate(small_tokenizer(chat_template=VICUNA), 1),
+        ChatTemplate(tokenizer, media(2)),
+        ChatTemplate(tokenizer, media(1), "markup"),
+        ChatTemplate(tokenizer, media(1), max_length=9),
+        ChatTemplate(tokenizer, media(1), system="x"),
+        ChatTemplate(small_tokenizer(chat_template=VICUNA), media(1)),
         CaptionTemplate(tokenizer, 512),
     ]
     assert len({base, *(t.fingerprint() for t in others)}) == 7
@@ -229,7 +232,7 @@ def plainly_added_tokenizer() -> PreTrainedTokenizerFast:
 def test_contents_never_become_control_tokens(make: object) -> None:
     tokenizer = make()
     rng = random.Random(0)
-    template = ChatTemplate(tokenizer, QUERIES, max_length=10_000)
+    template = ChatTemplate(tokenizer, media(QUERIES), max_length=10_000)
     control = special_ids(tokenizer) | {tokenizer.convert_tokens_to_ids(t) for t in SPECIALS}
     pieces = [*SPECIALS, "<|im_", "end|>", "<", ">", "|", " ", "\n", "Hi", "é", "红"]
     plain = [i for i in template.encode(talk("Hi", "Hi")).input_ids if i in control]
@@ -254,12 +257,12 @@ def test_truncation_keeps_images_whole_and_something_to_learn(tokenizer: PreTrai
         for i in range(2 * rng.randint(1, 3)):
             parts = ["Hi " * rng.randint(1, 4)]
             for n in range(rng.randint(0, 2) if i % 2 == 0 else 0):
-                parts += [ImageRef(f"{i}-{n}.png"), "Hi"]
+                parts += [MediaRef(f"{i}-{n}.png"), "Hi"]
             turns.append(tuple(parts))
         conversation = talk(*turns, system="no")
-        whole = ChatTemplate(tokenizer, QUERIES, max_length=1000).encode(conversation)
+        whole = ChatTemplate(tokenizer, media(QUERIES), max_length=1000).encode(conversation)
         if number % 10 == 0:  # ten conversations for each length
-            template = ChatTemplate(tokenizer, QUERIES, max_length=rng.randint(8, 60))
+            template = ChatTemplate(tokenizer, media(QUERIES), max_length=rng.randint(8, 60))
         try:
             sample = template.encode(conversation)
         except RowError as error:
@@ -268,7 +271,7 @@ def test_truncation_keeps_images_whole_and_something_to_learn(tokenizer: PreTrai
             continue
         assert sample.input_ids == whole.input_ids[: len(sample)]
         assert sample.labels == whole.labels[: len(sample)]
-        assert len(sample) <= template.max_length and sample.num_tokens > 0 and sample.labels[0] == IGNORE_INDEX
+        assert len(sample) <= template.max_length and sample.supervised_tokens > 0 and sample.labels[0] == IGNORE_INDEX
         assert sample.input_ids.count(template.image_token_id) == QUERIES * len(sample.images)
         assert sample.images == whole.images[: len(sample.images)]
         cut += len(sample) < len(whole)
@@ -277,9 +280,9 @@ def test_truncation_keeps_images_whole_and_something_to_learn(tokenizer: PreTrai
 
 
 def test_cut_in_an_image_falls_back_to_the_turn_border(tokenizer: PreTrainedTokenizerFast) -> None:
-    conversation = talk("Hi", "yes", ("Hi", ImageRef("a.png"), ImageRef("b.png")), "no", system="no")
-    whole = ChatTemplate(tokenizer, QUERIES).encode(conversation)
-    template = ChatTemplate(tokenizer, QUERIES)
+    conversation = talk("Hi", "yes", ("Hi", MediaRef("a.png"), MediaRef("b.png")), "no", system="no")
+    whole = ChatTemplate(tokenizer, media(QUERIES)).encode(conversation)
+    template = ChatTemplate(tokenizer, media(QUERIES))
     second = len(whole) - 1 - whole.input_ids[::-1].index(template.image_token_id)
     template.max_length = second
     sample = template.encode(conversation)
@@ -288,15 +291,15 @@ def test_cut_in_an_image_falls_back_to_the_turn_border(tokenizer: PreTrainedToke
 
 
 def test_long_prompt_loses_text_never_images(tokenizer: PreTrainedTokenizerFast) -> None:
-    conversation = talk("Hi " * 50, "yes " * 50, ("Hi " * 10, ImageRef("a.png"), " What"), system="no")
-    template = ChatTemplate(tokenizer, QUERIES, max_length=60)
+    conversation = talk("Hi " * 50, "yes " * 50, ("Hi " * 10, MediaRef("a.png"), " What"), system="no")
+    template = ChatTemplate(tokenizer, media(QUERIES), max_length=60)
     prompt = template.encode_prompt(conversation)
     assert len(prompt) == 60 and prompt.images == ("a.png",)
     assert prompt.input_ids.count(template.image_token_id) == QUERIES
     text = tokenizer.decode(prompt.input_ids)
     assert text.startswith(f"{S}system\nno{E}\n") and text.endswith(f" What{E}\n{S}assistant\n")
     with pytest.raises(RowError):
-        ChatTemplate(tokenizer, QUERIES, max_length=10).encode_prompt(conversation)
+        ChatTemplate(tokenizer, media(QUERIES), max_length=10).encode_prompt(conversation)
 
 
 def test_a_tokenizer_without_a_token_for_images_gets_one() -> None:
@@ -328,11 +331,11 @@ def test_caption(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_blind_conversation_has_text_only(tokenizer: PreTrainedTokenizerFast) -> None:
-    sample = ChatTemplate(tokenizer, QUERIES).encode(without_images(talk(PICTURE, "red")))
+    sample = ChatTemplate(tokenizer, media(QUERIES)).encode(without_images(talk(PICTURE, "red")))
     text = tokenizer.decode(sample.input_ids)
     assert f"{S}user\nHi" in text and "Img" not in text and sample.images == ()
 
 
 def test_half_a_surrogate_pair_is_read_as_a_question_mark():
-    template = ChatTemplate(small_tokenizer(), QUERIES)
+    template = ChatTemplate(small_tokenizer(), media(QUERIES))
     assert template.encode_prompt(talk("a \ud83d b")).input_ids == template.encode_prompt(talk("a ? b")).input_ids

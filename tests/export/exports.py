@@ -134,7 +134,7 @@ def batch_of(samples, processor, files, pad_token_id):
 
 def conversation(messages):
     """Messages in transformers' form, read as this program reads OpenAI's, without an answer."""
-    from lavis.data.formats import to_conversation
+    from lavis.data.dialects import to_conversation
 
     return to_conversation({"messages": [*messages, {"role": "assistant", "content": "."}]}, "messages", where="test")
 

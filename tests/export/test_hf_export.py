@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BlipImagePr
 from lavis.cli import main
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.types import IGNORE_INDEX
-from lavis.data.image import EvalImage, image_processor
+from lavis.data.assemble import media_processor
+from lavis.data.image import EvalImage
 from lavis.data.shapes.scene import render, sample_scene
 from lavis.data.texts import Texts
 from lavis.export.hf import build, export_hf, merge_lora
@@ -48,7 +49,7 @@ class Both:
         self.folder = folder
         self.stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        self.images = image_processor(next(iter(self.trained.recipe.datasets.values())).vis_processor.eval)
+        self.images = media_processor(self.trained.recipe.model)
 
     def batch(self, prompts, files):
         template = self.texts.template
@@ -175,7 +176,7 @@ def test_logits_loss_and_gradient(both, files):
     labels = torch.where(torch.rand(batch.input_ids.shape) < 0.5, batch.input_ids, IGNORE_INDEX)
     labels[batch.position_ids >= torch.tensor(batch.lengths)[:, None]] = IGNORE_INDEX
     labels[:, 0] = IGNORE_INDEX
-    labelled = replace(batch, labels=labels, num_tokens=int((labels != IGNORE_INDEX).sum()))
+    labelled = replace(batch, labels=labels, supervised_tokens=int((labels != IGNORE_INDEX).sum()))
     mask = batch.position_ids < torch.tensor(batch.lengths)[:, None]
     out = both.stock(batch.pixel_values, batch.input_ids, attention_mask=mask.long(), labels=labels)
     logits = both.ours.llm_model(inputs_embeds=both.ours.embed(batch), position_ids=batch.position_ids).logits

@@ -134,7 +134,7 @@ def test_other_llms_over_turns_and_together(name, chat):
     """Also where attention slides over the last tokens alone, and where memory is no keys and values."""
     llm = llm_of(name).eval()
     llm.generation_config.pad_token_id = 0
-    text = ChatModel(name, Vlm(VlmConfig(), llm), chat.tokenizer, 0, chat.processor, torch.device("cpu"))
+    text = ChatModel(name, Vlm(VlmConfig(), llm), chat.tokenizer, None, torch.device("cpu"))
     engine = Engine(text, max_batch=4)
     settings = GenerationSettings(max_new_tokens=12)
     prompts = [prompt_of(text, "tell me " * (1 + 9 * i)) for i in range(4)]
@@ -163,10 +163,8 @@ def test_layers_on_several_devices(chat, pictures, tmp_path):
     llm = load_llm(str(tmp_path / "llm"), device_map=places)
     assert {p.device.type for p in llm.parameters()} == {"cpu", "meta"}
     spread = Vlm(VlmConfig(), llm)
-    engine = Engine(ChatModel("spread", spread, chat.tokenizer, 0, chat.processor, torch.device("cpu")))
-    whole = Engine(
-        ChatModel("whole", Vlm(VlmConfig(), chat.llm), chat.tokenizer, 0, chat.processor, torch.device("cpu"))
-    )
+    engine = Engine(ChatModel("spread", spread, chat.tokenizer, None, torch.device("cpu")))
+    whole = Engine(ChatModel("whole", Vlm(VlmConfig(), chat.llm), chat.tokenizer, None, torch.device("cpu")))
     prompts = [prompt_of(engine.chat, q) for q in QUESTIONS]
     assert [list(engine.submit(p)) for p in prompts] == [list(whole.submit(p)) for p in prompts]
     engine.close()
@@ -254,9 +252,7 @@ def test_cancelled_questions_give_their_places_back(chat):
 
 
 def test_closing_ends_an_answer_that_transformers_makes(chat):
-    text = ChatModel(
-        "mamba", Vlm(VlmConfig(), llm_of("mamba").eval()), chat.tokenizer, 0, chat.processor, torch.device("cpu")
-    )
+    text = ChatModel("mamba", Vlm(VlmConfig(), llm_of("mamba").eval()), chat.tokenizer, None, torch.device("cpu"))
     vars(text)["stop_token_ids"] = frozenset([1099])
     engine = Engine(text)
     answer = engine.submit(prompt_of(text, "tell me"), GenerationSettings(max_new_tokens=30_000))
@@ -299,7 +295,7 @@ def test_the_window_ends_an_answer(engine):
 
 
 def test_text_models_refuse_pictures(chat, pictures):
-    text = ChatModel("text", Vlm(VlmConfig(), chat.llm), chat.tokenizer, 0, chat.processor, torch.device("cpu"))
+    text = ChatModel("text", Vlm(VlmConfig(), chat.llm), chat.tokenizer, None, torch.device("cpu"))
     with pytest.raises(ChatError, match="reads text only"):
         prompt_of(text, "What is it?", pictures[0])
 

@@ -99,7 +99,7 @@ def batch_of(lengths, images, seed=0):
         labels,
         positions,
         pixels,
-        num_tokens=int((labels != IGNORE_INDEX).sum()),
+        supervised_tokens=int((labels != IGNORE_INDEX).sum()),
         lengths=tuple(lengths),
         num_samples=len(lengths),
     )
@@ -111,7 +111,14 @@ def pack(batch, total):
     rest = total - sum(batch.lengths)
     pieces.append((torch.zeros(rest, dtype=torch.long), torch.full((rest,), IGNORE_INDEX), torch.arange(rest)))
     ids, labels, positions = (torch.cat(column)[None] for column in zip(*pieces, strict=True))
-    return Batch(ids, labels, positions, batch.pixel_values, num_tokens=batch.num_tokens, lengths=(sum(batch.lengths),))
+    return Batch(
+        ids,
+        labels,
+        positions,
+        batch.pixel_values,
+        supervised_tokens=batch.supervised_tokens,
+        lengths=(sum(batch.lengths),),
+    )
 
 
 @pytest.fixture

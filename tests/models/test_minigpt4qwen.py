@@ -16,7 +16,7 @@ def loss_and_gradient(model, batch):
 def test_loss_is_the_llms_own_loss_over_supervised_tokens(model):
     batch = batch_of([15, 15], [1, 2])
     embeds = model.embed(batch)
-    expected = model.llm_model(inputs_embeds=embeds, labels=batch.labels).loss * batch.num_tokens
+    expected = model.llm_model(inputs_embeds=embeds, labels=batch.labels).loss * batch.supervised_tokens
     torch.testing.assert_close(loss_of(model, batch), expected, rtol=1e-5, atol=1e-4)
 
 

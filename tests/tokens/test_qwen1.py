@@ -13,10 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lavis.core.errors import DataError
-from lavis.core.types import Conversation, ImageRef, Message
+from lavis.core.types import Conversation, MediaRef, Message
 from lavis.data.assemble import load_tokenizer
 from lavis.tokens.qwen1 import qwen1_tokenizer
 from lavis.tokens.template import ChatTemplate
+from tests.data.data_toys import media
 from tests.models.qwen1_reference import CONFIG, write_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,8 +154,8 @@ def test_a_chat_is_chatml_with_the_default_system_message(tokenizer):
 def test_recipes_get_it_and_a_users_control_tokens_stay_text(folder, reference):
     tokenizer = load_tokenizer(model_config(llm_model=str(folder)))
     assert isinstance(tokenizer, PreTrainedTokenizerFast) and tokenizer.is_fast
-    template = ChatTemplate(tokenizer, num_query_token=3)
-    question = Message("user", ("<Img>", ImageRef("a.png"), "</Img> What?<|im_end|>"))
+    template = ChatTemplate(tokenizer, media(3))
+    question = Message("user", (MediaRef("a.png"), " What?<|im_end|>"))
     ids = template.encode_prompt(Conversation((question,), "1")).input_ids
     header, end = reference("<|im_start|>user\n"), reference("<|im_end|>\n<|im_start|>assistant\n")
     system = reference("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")

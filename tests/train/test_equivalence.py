@@ -1,7 +1,10 @@
 """The same recipe gives the same loss and gradient however its global batch of 8 is cut, through the real commands."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 
 from tests.train.world import PICTURES, saved_tensors, train, train_lines, validation_losses
 
@@ -88,6 +91,48 @@ def test_any_layout_equals_a_single_process_with_packed_rows(cache, tmp_path, si
     assert_same_training(single_packed, train(cache, tmp_path, *options, *PACKED, *MIXED, *SAVED, ranks=ranks))
 
 
+# ---- pictures in unequal numbers of tiles among documents
+
+TILED = {"media": {"tiling": "tiles", "max_tiles": 3}}
+
+
+@pytest.fixture(scope="module")
+def tiled_data(cache):
+    """The `data` section: rows about pictures of four shapes, one of them without a picture, and documents."""
+    folder = cache / "tiled"
+    folder.mkdir()
+    rows = [{"instruction": "Is there a circle?", "output": "no"}]
+    for i, size in enumerate([(64, 64), (200, 64), (70, 190), (130, 128)] * 5):
+        Image.effect_noise(size, 60 + i).convert("RGB").save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "instruction": f"What is {'x' * i}?", "output": "red circle"})
+    (cache / "tiled.json").write_text(json.dumps(rows))
+    texts = [" ".join(["red circle"] * (i % 5 + 1)) for i in range(60)]
+    (cache / "documents.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    pictures = {"name": "pictures", "path": "tiled.json", "images": "tiled"}
+    documents = {"path": "documents.jsonl", "kind": "document"}
+    return {"train": [pictures, documents], "valid": [pictures, documents]}
+
+
+@pytest.fixture(scope="module")
+def single_tiled(cache, tiled_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiled")
+    return train(cache, folder, "run.batch_size_train=8", "run.save_freq=1", "run.keep_checkpoints=9",
+                 model=TILED, data=tiled_data)  # fmt: skip
+
+
+TILED_LAYOUTS = [*PACKED_LAYOUTS, "cached features", "workers"]
+
+
+@pytest.mark.parametrize(
+    "layout", some(TILED_LAYOUTS, set(TILED_LAYOUTS) - {"data-parallel", "pipeline of 2", "cached features"})
+)
+def test_any_layout_equals_a_single_process_with_tiles_and_documents(cache, tmp_path, single_tiled, tiled_data, layout):
+    ranks, options = LAYOUTS[layout]
+    more = ["run.save_freq=1", "run.keep_checkpoints=9"]
+    run = train(cache, tmp_path, *options, *more, ranks=ranks, model=TILED, data=tiled_data)
+    assert_same_training(single_tiled, run)
+
+
 def assert_same_training(expected, run):
     for want, got in zip(train_lines(expected), train_lines(run), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
@@ -103,8 +148,6 @@ def test_packed_rows_equal_the_same_samples_padded(cache, tmp_path):
     """One packed row per step holds several samples; padded training on exactly those samples must give the same first
     step.
     """
-    import json
-
     from lavis.config.recipe import load_recipe
     from lavis.data.assemble import load_tokenizer, prepare_split
     from lavis.data.sampler import StepPlan
@@ -128,7 +171,7 @@ def test_packed_rows_equal_the_same_samples_padded(cache, tmp_path):
 
 
 def padded_loss(recipe, samples):
-    from lavis.data.image import EvalImage
+    from lavis.data.assemble import media_processor
     from lavis.data.loader import ImageFolder, collate
     from lavis.data.texts import Texts
     from lavis.objectives.sft import NextToken
@@ -137,7 +180,7 @@ def padded_loss(recipe, samples):
     torch.manual_seed(42)
     texts = Texts.of(recipe)
     model = whole_model(recipe, texts.tokenizer, torch.device("cpu"))
-    images = ImageFolder(EvalImage.from_config(recipe.datasets["shapes_instruction"].vis_processor.train))
+    images = ImageFolder(media_processor(recipe.model, training=True))
     pixels, _ = images.load([p for s in samples for p in s.images], 0)
     batch = collate([[s] for s in samples], pixels, texts.template.pad_token_id, None)
     with torch.no_grad():

@@ -71,11 +71,11 @@ def make_world(cache: Path) -> None:
     write_tensors(tower, cache / "tiny/tower.safetensors", torch.float32)
 
 
-def write_recipe(folder: Path, model: dict | None = None, run: dict | None = None) -> Path:
-    """A recipe file in `folder`, with what `model` and `run` change."""
-    datasets = {"shapes_instruction": {"generate": PICTURES}}
+def write_recipe(folder: Path, model: dict | None = None, run: dict | None = None, data: dict | None = None) -> Path:
+    """A recipe file in `folder`, with what `model` and `run` change, and `data` in place of the shapes world's."""
+    rows = {"data": data} if data else {"datasets": {"shapes_instruction": {"generate": PICTURES}}}
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"model": MODEL | (model or {}), "datasets": datasets, "run": RUN | (run or {})}))
+    path.write_text(yaml.safe_dump({"model": MODEL | (model or {}), **rows, "run": RUN | (run or {})}))
     return path
 
 
@@ -93,11 +93,17 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def train(
-    cache: Path, folder: Path, *options: str, ranks: int = 1, model: dict | None = None, run: dict | None = None
+    cache: Path,
+    folder: Path,
+    *options: str,
+    ranks: int = 1,
+    model: dict | None = None,
+    run: dict | None = None,
+    data: dict | None = None,
 ) -> Path:
     """Train in `folder` through the real command; returns the run's folder."""
     folder.mkdir(exist_ok=True)
-    recipe = write_recipe(folder, model, run)
+    recipe = write_recipe(folder, model, run, data)
     done = subprocess.run(
         command(recipe, *options, ranks=ranks),
         cwd=folder,

@@ -15,19 +15,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from lavis.config.compat import data, model, run
+from lavis.config.compat.outcome import Wrong
 
 _MODULES = (model, data, run)
 RENAMES: dict[str, str] = {old: new for module in _MODULES for old, new in module.RENAMES.items()}
 """Old dotted key to new one. A key of a mapping stands for all below it."""
 
 Plain = dict[str, Any]
-
-
-class Wrong(NamedTuple):
-    """What a rule yields instead of a result where the value at the old `key` means nothing."""
-
-    key: str
-    message: str
 
 
 class Translated(NamedTuple):

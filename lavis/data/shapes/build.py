@@ -89,7 +89,9 @@ def _move_into_place(work: Path, root: Path) -> None:
 
 def _write_world(folder: Path, spec: ShapesSpec) -> None:
     (folder / "images").mkdir()
-    train, captions, interviews = [], [], []
+    train: list[Row] = []
+    captions: list[Row] = []
+    interviews: list[Row] = []
     for index, (name, scene) in enumerate(_pictures(folder, spec, "train", spec.train, "seen")):
         rng = random.Random(f"{spec.seed}/train/words/{index}")
         train.extend(_train_rows(name, scene, rng))
@@ -100,7 +102,8 @@ def _write_world(folder: Path, spec: ShapesSpec) -> None:
     _write_json(folder / "train.json", train)
     _write_json(folder / "captions.json", captions)
     _write_json(folder / "interviews.json", interviews)
-    for split, count, combos in (("val", spec.val, "seen"), ("test", spec.test, "held_out")):
+    parts: list[tuple[str, int, Combos]] = [("val", spec.val, "seen"), ("test", spec.test, "held_out")]
+    for split, count, combos in parts:
         pictures = _pictures(folder, spec, split, count, combos)
         _write_json(folder / f"{split}.json", _question_rows(pictures, spec, split))
     _write_json(folder / "text_train.json", [_text_dialogue(spec, index) for index in range(spec.text_train)])

@@ -8,7 +8,7 @@ number and side each have one right name, so every question has one right answer
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from PIL import Image, ImageDraw
 
@@ -119,12 +119,16 @@ def _place_item(rng: random.Random, colour: str, shape: str, side: str, slot: fl
         x=x + rng.uniform(-_JITTER, _JITTER),
         y=y + rng.uniform(-_JITTER, _JITTER),
         radius=rng.uniform(*_RADIUS),
-        tint=tuple(min(255, max(0, c + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER))) for c in COLOURS[colour]),
+        tint=cast("Rgb", tuple(_jittered(c, rng) for c in COLOURS[colour])),
     )
 
 
+def _jittered(channel: int, rng: random.Random) -> int:
+    return min(255, max(0, channel + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER)))
+
+
 def _light(rng: random.Random) -> Rgb:
-    return tuple(rng.randint(222, 255) for _ in range(3))
+    return rng.randint(222, 255), rng.randint(222, 255), rng.randint(222, 255)
 
 
 def render(scene: Scene, size: int = 64) -> Image.Image:
