@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lavis.config.compat.data import DATASETS
+from lavis.config.compat.dataset_section import DATASETS
 from lavis.config.recipe import load_dataset_config, load_model_config, load_preprocess_config, model_types
 from lavis.config.schema import PreprocessConfig
 from lavis.core.paths import CONFIGS_ROOT

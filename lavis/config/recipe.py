@@ -249,6 +249,8 @@ def _default_layers(user: Sequence[Layer]) -> list[Layer]:
 def _dataset_names(written: Sequence[Layer]) -> list[str]:
     """Names in the older section `datasets`, whose default YAML files lie below the recipe."""
     names: dict[str, None] = {}
+    if any(isinstance((layer.plain.get("data") or {}).get("train"), list) for layer in written):
+        return []  # options that change single entries
     for layer in written:
         datasets = layer.plain.get("datasets") or {}
         if not isinstance(datasets, Mapping):

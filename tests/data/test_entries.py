@@ -278,10 +278,10 @@ def test_the_older_form_means_the_same(cache: Path) -> None:
     [
         (
             [f"datasets.{n}_instruction.vis_processor.eval.mean=[{m},0,0]" for n, m in (("llava", 0), ("minigpt4", 1))],
-            "differs from datasets.minigpt4_instruction.vis_processor.eval.mean",
+            "differs from datasets.llava_instruction.vis_processor.eval.mean",
         ),
         (["datasets.llava_instruction.vis_processor.train.image_size=64"], "is 64 but model.image_size is 224"),
-        (["data.train=[{path: x}]"], "stands beside data"),
+        (["datasets.instruction.format=llava"], "stands beside data, which has no entry 'instruction'"),
         (["datasets.llava_instruction.supervise=all"], "'all' is not one of: assistant, markup"),
     ],
 )
@@ -289,3 +289,21 @@ def test_what_cannot_be_translated_is_told(options: list[str], said: str) -> Non
     with pytest.raises(ConfigError) as caught:
         load_recipe("instruction_tuning/train", options)
     assert said in str(caught.value)
+
+
+def test_older_options_change_the_entries_of_that_name() -> None:
+    options = [
+        "datasets.shapes_instruction.generate.train=9",
+        "datasets.shapes_instruction.supervise=markup",
+        "run.test_splits=[val,test]",
+        "run.valid_splits=[]",
+        "run.train_dataset_ratios={shapes_instruction: 2}",
+        "run.num_workers=3",
+    ]
+    data = load_recipe("shapes/align", options).data
+    assert [(e.split, e.weight) for e in data.train] == [(None, 2)] and not data.valid
+    assert [(e.split, e.weight) for e in data.test] == [("val", None), ("test", None)]
+    assert {(e.source, e.generate["train"], e.supervise) for e in (*data.train, *data.test)} == {
+        ("shapes_instruction", 9, "markup")
+    }
+    assert data.num_workers == 3
