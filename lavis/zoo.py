@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lavis.config.compat.dataset_section import DATASETS
+from lavis.config.init import Init
 from lavis.config.recipe import load_dataset_config, load_model_config, load_preprocess_config, model_types
 from lavis.config.schema import PreprocessConfig
 from lavis.core.paths import CONFIGS_ROOT
 from lavis.core.registries import MODELS, SOURCES
-from lavis.models.parts import Init
 
 if TYPE_CHECKING:
     import torch

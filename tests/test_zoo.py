@@ -8,9 +8,9 @@ from PIL import Image
 from torch import nn
 
 import lavis
+from lavis.config.init import Init
 from lavis.core.errors import ConfigError, RegistryError
 from lavis.models.configs import VlmConfig
-from lavis.models.parts import Init
 
 
 class Built(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     setup_logging()
     trained, target = open_run(args.run), Path(args.target)
     exporter = exporter_for(args.format, trained.model)
-    precision, size = getattr(args, "dtype", "auto"), getattr(args, "max_shard_size", "5GB")
+    precision: Any = getattr(args, "dtype", "auto")
+    size = getattr(args, "max_shard_size", "5GB")
     files = exporter.write(trained, target, precision=precision, max_shard_size=size).files
     print(f"{trained.checkpoint.path} ->")
     for file in files:

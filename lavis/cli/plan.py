@@ -101,9 +101,10 @@ def _report(
         if machine.device == "cuda"
         else f"this machine's CPU, {machine.memory / 2**30:.0f} GiB"
     )
+    llm = planner.config.llm.weights or f"a new {planner.llm_config.model_type}"
     lines = [
-        f"{args.recipe} on {where}: {planner.config.llm.weights or planner.llm_config.model_type}, rows of {planner.tokens} tokens with {planner.images}"
-        f" image(s), {planner.samples} rows a step"
+        f"{args.recipe} on {where}: {llm}, rows of {planner.tokens} tokens with {planner.images} image(s),"
+        f" {planner.samples} rows a step"
     ]
     f = whole.footprints[0]
     lines.append(

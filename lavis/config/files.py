@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from lavis.core.paths import resolve
 
@@ -96,7 +96,7 @@ def model_files(model: ModelConfig) -> Iterator[NeededFile]:
     """What a `model` section names."""
     found = list(model.files())
     known = {file.name: file for file in reversed(found)}  # a file that two parts share is named once
-    return (NeededFile(*file) for file in found if known[file.name] is file)
+    return (NeededFile(file.key, cast("Kind", file.kind), file.name) for file in found if known[file.name] is file)
 
 
 def _entry_files(key: str, entry: DataEntry) -> Iterator[NeededFile]:

@@ -36,21 +36,12 @@ from lavis.config.layers import (
     where,
 )
 from lavis.config.rules import RULES
-from lavis.config.schema import (
-    DataConfig,
-    DataEntry,
-    ModelConfig,
-    PreprocessConfig,
-    ProcessorConfig,
-    ProcessorPair,
-    RunConfig,
-)
+from lavis.config.schema import DataConfig, DataEntry, ModelConfig, PreprocessConfig, RunConfig
 from lavis.config.typed import Problem, choices, defaults, iter_fields, join, read_dataclass
 from lavis.core.errors import ConfigError, RegistryError, did_you_mean
 from lavis.core.logging import warn_once
 from lavis.core.paths import CONFIGS_ROOT, PROJECTS_ROOT
 from lavis.core.registries import MODEL_CONFIGS
-from lavis.models.parts import MediaConfig
 
 __all__ = ["Recipe", "find_recipe", "load_dataset_config", "load_model_config", "load_preprocess_config", "load_recipe"]
 __all__ += ["missing_files", "model_types", "recipe_from_dict", "shipped_recipes", "validate"]
@@ -157,16 +148,8 @@ def load_preprocess_config(arch: str, model_type: str = "default") -> Preprocess
         raise ConfigError(_report(problems, layers, layers[0].label))
     model: Any = load_model_config(arch, model_type)
     if model.sees:
-        config.vis_processor = processors(model.media, model.tower.image_size)
+        config.vis_processor = model.media.processors(model.tower.image_size)
     return config
-
-
-def processors(media: MediaConfig, image_size: int) -> ProcessorPair:
-    """What is made of a picture's pixels, in training and otherwise."""
-    size = {"image_size": image_size, "mean": media.mean, "std": media.std}
-    size |= {"min_scale": media.min_scale, "max_scale": media.max_scale}
-    train = ProcessorConfig(name=media.train_processor or media.processor, **size)
-    return ProcessorPair(train, ProcessorConfig(name=media.processor, **size))
 
 
 def load_dataset_config(builder: str, path: str | Path | None = None) -> dict[str, DataEntry]:
@@ -269,10 +252,9 @@ def _preset_file(preset: str, written: tuple[str, str] = ("model.preset", "")) -
     start = f"{key} ({at}): " if at else f"{key}: "
     known = model_types(folder)
     if not known:
-        folders = sorted(p.name for p in (CONFIGS_ROOT / "models").iterdir() if p.is_dir())
-        raise ConfigError(
-            f"{start}unknown model {folder or preset!r}.{did_you_mean(folder or preset, folders)} Known: {', '.join(folders)}."
-        )
+        folder = folder or preset
+        known = sorted(p.name for p in (CONFIGS_ROOT / "models").iterdir() if p.is_dir())
+        raise ConfigError(f"{start}unknown model {folder!r}.{did_you_mean(folder, known)} Known: {', '.join(known)}.")
     raise ConfigError(f"{start}{folder} has no type {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lavis.config import data_rules
 from lavis.config.deepspeed import DEEPSPEED_RUNNERS
+from lavis.config.init import Init
 from lavis.core.registries import MODEL_CONFIGS
-from lavis.models.parts import Init
 
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
@@ -56,7 +56,8 @@ def _feature_cache(recipe: Recipe) -> Iterator[str]:
 
 
 def _sizes(recipe: Recipe) -> Iterator[str]:
-    run, data, model = recipe.run, recipe.data, recipe.model
+    run, data = recipe.run, recipe.data
+    model: Any = recipe.model
     if model.row_format == "chat" and data.packing and data.pack_length < model.max_length:
         longest = f"the longest sample, model.max_length {model.max_length}"
         yield f"data.pack_length {data.pack_length} is shorter than {longest}: raise the one or lower the other."
@@ -103,7 +104,8 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
 
 
 def _pipeline(recipe: Recipe, stage: Any) -> Iterator[str]:
-    run, model = recipe.run, recipe.model
+    run = recipe.run
+    model: Any = recipe.model
     if not model.splits:
         yield f"run.runner pipeline_runner cuts an LLM, which {model.arch} has not: set run.runner=runner_base."
         return

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lavis.config.init import inits
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.registries import EXPORTERS
 from lavis.data.assemble import media_processor
@@ -24,7 +25,6 @@ from lavis.models.configs import VlmConfig
 from lavis.models.hf.blip2 import as_blip2, blip2_config
 from lavis.models.llm import DTYPES
 from lavis.models.part_configs import EvaConfig, QFormerLinearConfig
-from lavis.models.parts import inits
 from lavis.models.vlm import Vlm
 from lavis.runs.checkpoint import frozen_files, identity
 from lavis.runs.folder import frozen_differences
@@ -134,7 +134,8 @@ def _give_placeholder_a_row(model: Vlm, like: int) -> None:
     New rows equal row `like`, the padding's, which is never generated: so the new ids aren't either.
     """
     llm = model.llm_model
-    rows = llm.get_input_embeddings().weight.shape[0]
+    rows = cast(torch.Tensor, llm.get_input_embeddings().weight).shape[0]
+    assert model.image_token_id is not None
     if model.image_token_id < rows:
         return
     llm.resize_token_embeddings(model.image_token_id + 1, mean_resizing=False)

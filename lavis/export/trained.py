@@ -115,7 +115,8 @@ def export_peft(trained: Trained, folder: Path) -> list[Path]:
     adapters = {_peft_name(name): t for name, t in tensors.items() if name.startswith(LLM) and ".lora_" in name}
     if not adapters:
         raise CheckpointError(
-            f"{trained.checkpoint.path} holds no LoRA adapters of the LLM (model.llm.train is {trained.model.llm.train}): use `lavis export hf`, or `lavis export pth` for the projection."
+            f"{trained.checkpoint.path} holds no LoRA adapters of the LLM (model.llm.train is"
+            f" {trained.model.llm.train}): use `lavis export hf`, or `lavis export pth` for the projection."
         )
     from peft import LoraConfig
 

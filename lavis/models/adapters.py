@@ -22,8 +22,8 @@ _ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")
 def add_lora(module: nn.Module, settings: LoraSettings, whole_name: Callable[[str], str] = str) -> None:
     """Put trainable LoRA adapters (peft) in fp32 on the layers of `module` that `settings` names; all else is frozen.
 
-    Their first values follow from torch's seed and the names that `whole_name` says the tensors have in the whole model:
-    the same however the model is cut into stages. Raises ConfigError if no layer is named.
+    Their first values follow from torch's seed and the names that `whole_name` says they have in the whole model: the
+    same however the model is cut into stages. Raises ConfigError if no layer is named.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 

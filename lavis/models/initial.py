@@ -1,16 +1,16 @@
-"""Where the values of a Vlm come from: each part's weight file, then what a recipe's `init` names."""
+"""Values that come from no weight file of a part: new ones, and what a recipe's `init` names."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from lavis.config.init import Init
 from lavis.core.errors import CheckpointError
-from lavis.models.parts import Init
 from lavis.weights.lavis_names import is_text_branch, own_names
 from lavis.weights.qwen1_format import with_qwen2_names
 from lavis.weights.tensors import LoadReport, check_fit
@@ -18,39 +18,11 @@ from lavis.weights.trained import read_trained
 
 if TYPE_CHECKING:
     from lavis.models.towers.base import Tower
-    from lavis.models.vlm import Vlm
 
 log = logging.getLogger(__name__)
 
 
 Own = Mapping[str, torch.Tensor]
-
-
-def load_weights(model: Vlm, init: Sequence[Init] = ()) -> set[str]:
-    """Fill the tower and the connector from the files of their sections, put on the adapters, and load what `init`
-    names over them. Afterwards nothing is on the meta device.
-
-    Returns the public names of what came from files. Raises CheckpointError for a missing or wrong file.
-    """
-    filled = {name for part in (model.visual_encoder, model.connector) for name in _load_part(part)}
-    if model.config.llm.weights:
-        filled |= {name for name in model.state_dict() if name.startswith("llm_model.")}
-    model.add_adapters()
-    for item in init:
-        filled |= set(load_initial(model.state_dict(), item, model.visual_encoder, filled).loaded)
-    return filled
-
-
-def _load_part(part: Any) -> tuple[str, ...]:
-    if part is None:
-        return ()
-    if not part.config.weights:
-        part.complete()
-        return ()
-    report = part.load(part.config.weights)
-    part.complete()
-    initialise(part)
-    return report.loaded
 
 
 def initialise(module: nn.Module) -> None:

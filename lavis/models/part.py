@@ -37,7 +37,7 @@ class Part(nn.Module):
         return self
 
     def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
-        """Parameter to the factor on its learning rate; layer_decay: per layer from the top down, where it has layers."""
+        """Parameter to the factor on its learning rate; layer_decay: per layer from the top down, if it has layers."""
         return dict.fromkeys(self.parameters(), self.config.lr_scale)
 
     def load(self, source: str) -> LoadReport:

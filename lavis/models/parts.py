@@ -10,41 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from lavis.config.schema import NamedFile, opt
+from lavis.config.schema import NamedFile, ProcessorConfig, ProcessorPair, opt
 from lavis.core.registries import CONNECTORS, TOWERS
 
 TRAIN = ("frozen", "full", "lora")
-
-
-PARTS = ("tower", "connector", "llm")
-
-
-@dataclass(frozen=True)
-class Init:
-    """Where parts start from: `source` is a run's folder, a checkpoint's or a weight file; `parts` none: all that it
-    holds something of.
-    """
-
-    source: str
-    parts: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, values: Any, key: str) -> tuple[Init | None, list[str]]:
-        """An entry of a recipe's `init`, and what is wrong with it."""
-        if not isinstance(values, Mapping) or not isinstance(values.get("from"), str):
-            return None, [
-                f"{key} is {values!r}: give a mapping with `from` (a run, a checkpoint or a file) and `parts`."
-            ]
-        parts = values.get("parts") or []
-        parts = [parts] if isinstance(parts, str) else list(parts)
-        problems = [f"{key}.{name}: unknown key; known: from, parts." for name in values.keys() - {"from", "parts"}]
-        problems += [f"{key}.parts: {name!r} is not one of {', '.join(PARTS)}." for name in parts if name not in PARTS]
-        return cls(values["from"], tuple(parts)), problems
-
-
-def inits(values: list[Any]) -> list[Init]:
-    """The entries of a recipe's `init`, which were checked."""
-    return [item for i, entry in enumerate(values) if (item := Init.read(entry, f"init.{i}")[0])]
 
 
 @dataclass
@@ -103,7 +72,7 @@ class TowerConfig(PartConfig):
             yield f"{key}.train={self.train}"
 
     def blocks(self) -> int | None:
-        """Blocks of which each costs the same, so that a plan runs two and multiplies; None: it runs the whole tower."""
+        """Blocks that cost the same each, so that a plan runs two and multiplies; None: it runs the tower whole."""
         return None
 
     def with_depth(self, blocks: int) -> TowerConfig:
@@ -216,3 +185,10 @@ class MediaConfig:
     std: Optional[list[float]] = opt(None, "per-channel standard deviation of RGB in 0..1; CLIP's when null")
     min_scale: float = opt(0.5, "smallest area share of a random crop (only processors that crop)")
     max_scale: float = opt(1.0, "largest area share of a random crop (only processors that crop)")
+
+    def processors(self, image_size: int) -> ProcessorPair:
+        """What is made of a picture's pixels, in training and otherwise."""
+        size: dict[str, Any] = {"image_size": image_size, "mean": self.mean, "std": self.std}
+        size |= {"min_scale": self.min_scale, "max_scale": self.max_scale}
+        train = ProcessorConfig(name=self.train_processor or self.processor, **size)
+        return ProcessorPair(train, ProcessorConfig(name=self.processor, **size))

@@ -11,10 +11,10 @@ What transformers opens is another folder, which `lavis export hf` writes; it is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -32,15 +32,12 @@ from lavis.models.configs import VlmConfig
 from lavis.weights.shards import Shards
 from lavis.weights.tensors import load_tensors
 
-if TYPE_CHECKING:
-    from lavis.models.vlm import Vlm
-
 CONFIG = "config.json"
 MODEL_TYPE, _OLD_TYPES = "lavis_vlm", ("minigpt4qwen",)
 LLM = "llm_model."
 
 
-def save_model(model: Vlm, folder: str | Path, max_shard_size: int | str) -> None:
+def save_model(model: Any, folder: str | Path, max_shard_size: int | str) -> None:
     """Write the folder described above; files hold at most `max_shard_size` (bytes, or text such as 5GB).
 
     Raises ConfigError for a quantised LLM, whose weights are not there any more.
@@ -60,11 +57,13 @@ def save_model(model: Vlm, folder: str | Path, max_shard_size: int | str) -> Non
     save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
-def load_model(cls: type[Vlm], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None) -> Vlm:
-    """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in
-    `llm_dtype` if one is given.
+def load_model(
+    cls: Callable[..., Any], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None
+) -> Any:
+    """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in `llm_dtype`
+    if one is given. `cls` is what makes it.
 
-    Raises CheckpointError when the folder is not one of the two kinds, or is incomplete.
+    Raises CheckpointError when the folder is not one of the kinds that are read, or is incomplete.
     """
     where = resolve(folder)
     values, shards = _read_config(where), Shards(where)

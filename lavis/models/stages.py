@@ -19,14 +19,15 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lavis.config.init import Init
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import resolve
 from lavis.models.adapters import add_lora
 from lavis.models.composition import public_name
 from lavis.models.configs import VlmConfig
-from lavis.models.initial import load_initial, load_weights
+from lavis.models.initial import load_initial
 from lavis.models.llm import build_llm, recompute_activations
-from lavis.models.parts import Init, LlmConfig
+from lavis.models.parts import LlmConfig
 from lavis.models.scoring import Scorer
 from lavis.models.vlm import Vlm
 from lavis.weights.gguf import is_gguf
@@ -169,7 +170,7 @@ class Stage(nn.Module):
         self.config, self.part = config, part
         if part.is_first:
             self.front = Vlm(config, llm, image_token_id, on_meta=True)
-            filled = load_weights(self.front)
+            filled = self.front.load_weights()
         else:
             self.llm_model = llm.requires_grad_(config.llm.train == "full")
             if config.llm.train == "lora":

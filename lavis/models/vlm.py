@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lavis.config.init import Init
 from lavis.core.registries import CONNECTORS, MODELS, TOWERS
 from lavis.core.types import Batch
 from lavis.data.assemble import load_tokenizer
@@ -20,7 +21,9 @@ from lavis.models.adapters import add_lora
 from lavis.models.composition import Composition
 from lavis.models.configs import VlmConfig
 from lavis.models.connectors.base import Connector
-from lavis.models.initial import Init, load_weights
+from lavis.models.initial import initialise, load_initial
+from lavis.models.part import Part
+from lavis.models.pretrained import load_model, save_model
 from lavis.models.scoring import Scorer
 from lavis.models.towers.base import Tower
 from lavis.tokens.template import image_token_id
@@ -81,7 +84,7 @@ class Vlm(Composition):
         llm = llms.build_llm(config.llm, tokenizer, dtype, free)
         llms.check_context(llm, config.max_length)
         model = cls(config, llm, image_token_id(tokenizer) if config.sees else None, on_meta=True)
-        load_weights(model, init)
+        model.load_weights(init)
         model.suit(device)
         return model
 
@@ -95,8 +98,6 @@ class Vlm(Composition):
         llm_dtype: another type of the LLM's weights. Raises CheckpointError when the folder holds something else, or
         not all of it.
         """
-        from lavis.models.pretrained import load_model  # which needs this class
-
         model = load_model(cls, folder, llms.frozen_dtype(device), llm_dtype)
         model.suit(device)
         return model
@@ -106,8 +107,6 @@ class Vlm(Composition):
 
         `from_pretrained` opens it.
         """
-        from lavis.models.pretrained import save_model
-
         save_model(self, folder, max_shard_size)
 
     # -- parts
@@ -131,6 +130,20 @@ class Vlm(Composition):
         """Give a frozen tower the precision that its section names for a GPU."""
         if torch.device(device).type == "cuda" and self.visual_encoder is not None and self.tower_frozen:
             self.visual_encoder.cast_frozen(llms.DTYPES[self.visual_encoder.config.precision])
+
+    def load_weights(self, init: Sequence[Init] = ()) -> set[str]:
+        """Fill the tower and the connector from the files of their sections, put on the adapters, and load what `init`
+        names over them. Afterwards nothing is on the meta device.
+
+        Returns the public names of what came from files. Raises CheckpointError for a missing or wrong file.
+        """
+        filled = {name for part in self.image_parts() for name in _load(part)}
+        if self.config.llm.weights:
+            filled |= {name for name in self.state_dict() if name.startswith("llm_model.")}
+        self.add_adapters()
+        for item in init:
+            filled |= set(load_initial(self.state_dict(), item, self.visual_encoder, filled).loaded)
+        return filled
 
     @property
     def tower_frozen(self) -> bool:
@@ -261,6 +274,16 @@ class Vlm(Composition):
         self.llm_model.to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return [folder]
+
+
+def _load(part: Part) -> tuple[str, ...]:
+    """Public names of what the weight file of a part, if it has one, brought."""
+    report = part.load(part.config.weights) if part.config.weights else None
+    part.complete()
+    if report is None:
+        return ()
+    initialise(part)
+    return report.loaded
 
 
 def _tower(config: VlmConfig, on_meta: bool, always: bool) -> Tower | None:

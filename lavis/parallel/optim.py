@@ -16,22 +16,20 @@ class HasRates(Protocol):
     """A module that says how fast its parameters learn."""
 
     def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
-        """Parameter to the factor on its learning rate; `layer_decay`: factor per layer, from the top of a tower down."""
+        """Parameter to the factor on its learning rate; `layer_decay`: per layer, from the top of a tower down."""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name to parameter of all that is trained. Raises ConfigError when nothing is."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
-        raise ConfigError(
-            "every part of the model is frozen: set model.connector.train=full, or model.llm.train to full or lora."
-        )
+        raise ConfigError("every part of the model is frozen: set model.connector.train=full or model.llm.train=lora.")
     return named
 
 
 def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
-    """AdamW with no weight decay on 1-D tensors and a per-group `lr_scale`: a part's own factor, and layer-wise decay of
-    the vision tower.
+    """AdamW with no weight decay on 1-D tensors and a per-group `lr_scale`: a part's own, times the tower's layer-wise
+    decay.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     scales = _rate_scales(model, run.lr_layer_decay)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig
 
+from lavis.config.init import inits
 from lavis.config.recipe import Recipe
 from lavis.config.schema import RunConfig
 from lavis.core.dist import World
@@ -22,7 +23,6 @@ from lavis.core.paths import resolve
 from lavis.core.registries import STRATEGIES
 from lavis.core.types import Batch
 from lavis.models.llm import frozen_dtype
-from lavis.models.parts import inits
 from lavis.models.stages import Part, Stage, cut, llm_part, load_part, open_llm_of
 from lavis.objectives.base import Objective
 from lavis.objectives.learner import Learner

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lavis.config.init import inits
 from lavis.config.recipe import Recipe
 from lavis.config.schema import RunConfig
 from lavis.core.dist import World
@@ -24,7 +25,6 @@ from lavis.core.errors import CheckpointError, TrainingError
 from lavis.core.output import LossOutput
 from lavis.core.registries import MODELS, STRATEGIES
 from lavis.core.types import Batch
-from lavis.models.parts import inits
 from lavis.objectives.base import Objective
 from lavis.objectives.learner import Learner
 from lavis.parallel.layout import BUCKET_BYTES, Layout

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lavis.config.files import missing_of, model_files
+from lavis.config.init import Init, inits
 from lavis.config.recipe import load_model_config
 from lavis.core.errors import ChatError, CheckpointError, ConfigError
 from lavis.core.json_file import read_json
@@ -25,7 +26,7 @@ from lavis.generation.model import ChatModel
 from lavis.models.adapters import merge_lora
 from lavis.models.configs import VlmConfig
 from lavis.models.llm import DTYPES, frozen_dtype
-from lavis.models.parts import Init, LoraSettings, inits
+from lavis.models.parts import LoraSettings
 from lavis.models.pretrained import is_text_llm
 from lavis.models.vlm import Vlm
 from lavis.weights.tensors import load_tensors, read_tensors
@@ -70,7 +71,7 @@ def load_chat(
         )
     if run is not None:
         return _of_run(Path(run), device, llm_dtype, llm_device_map)
-    if exported:
+    if folder is not None and exported:
         return _of_export(folder, device, llm_dtype, llm_device_map)
     return _of_type(model_type or DEFAULT_TYPE, folder, device, llm_dtype, llm_device_map, options or [])
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lavis.cli import main
 from lavis.core.errors import DataError
 from lavis.data.assemble import load_tokenizer, prepare_split
+from tests.models.conftest import model_config
 
 RECIPE = """
 model:
@@ -34,7 +35,6 @@ GOOD = [
     {"id": "first", "image": "a.png", "instruction": "What?", "output": "red"},
     {"instruction": ["Hi", "Hi"], "output": ["yes", "no"]},
 ]
-from tests.models.conftest import model_config
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lavis.config.init import Init
 from lavis.core.errors import CheckpointError
 from lavis.export.trained import export_peft, export_pth, open_run, original_tensors
-from lavis.models.parts import Init
 from lavis.models.vlm import Vlm
 from lavis.weights.qwen1_format import with_qwen2_names
 from tests.export.exports import distance, random_run

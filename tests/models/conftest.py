@@ -5,12 +5,12 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavis.config.compat import translate
+from lavis.config.init import Init
 from lavis.config.typed import read_dataclass
 from lavis.core.dist import World
 from lavis.core.registries import MODEL_CONFIGS
 from lavis.core.types import IGNORE_INDEX, Batch
 from lavis.models.initial import load_initial
-from lavis.models.parts import Init
 from lavis.models.vlm import Vlm
 from lavis.objectives.learner import Learner
 from lavis.objectives.sft import NextToken

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lavis.config.init import Init, inits
 from lavis.core.errors import CheckpointError
 from lavis.models.initial import load_initial
-from lavis.models.parts import Init, inits
 from lavis.weights.trained import trained_file
 from tests.models.conftest import small_model
 

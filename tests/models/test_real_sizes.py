@@ -6,9 +6,9 @@ import torch
 
 from lavis.models.connectors import qformer_linear
 from lavis.models.towers import eva
+from tests.models.conftest import model_config
 
 WIDTH, MLP, BERT, BERT_MLP = 1408, 6144, 768, 3072
-from tests.models.conftest import model_config
 
 
 def norm(name, width):

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lavis.config.init import Init
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.models.configs import VlmConfig
 from lavis.models.llm import load_llm
-from lavis.models.parts import Init, LlmConfig, LoraSettings
+from lavis.models.parts import LlmConfig, LoraSettings
 from lavis.models.stages import SPLITTABLE, Part, Stage, cut, llm_part, load_part, open_llm
 from lavis.models.vlm import Vlm
 from lavis.objectives.sft import NextToken

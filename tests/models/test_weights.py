@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 
 from lavis.core.errors import CheckpointError
-from lavis.models.initial import load_weights
 from lavis.models.vlm import Vlm
 from lavis.weights.tensors import read_tensors
 from tests.models.conftest import IMAGE_ID, model_config, small_llm, small_model, start_from, tower_settings
@@ -77,7 +76,7 @@ def test_a_model_made_without_values_gets_all_of_them_from_its_files(tmp_path):
     config = model_config(**tower_settings(), **files)
     model = Vlm(config, small_llm(), IMAGE_ID, on_meta=True)
     assert model.connector.query_tokens.is_meta
-    load_weights(model)
+    model.load_weights()
     assert not [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval().encode_images(pixels), source.eval().encode_images(pixels))
@@ -93,7 +92,7 @@ def test_adapters_are_put_on_the_loaded_tower_and_each_has_an_effect(tmp_path):
     adapters = {"get_lora": True, "lora_parts": ["vit", "qformer"], "lora_dropout": 0.0}
     config = model_config(**tower_settings(), pretrained=str(tmp_path / "tower.safetensors"), **adapters)
     model = Vlm(config, small_llm(), IMAGE_ID, on_meta=True)
-    load_weights(model)
+    model.load_weights()
     pixels = torch.randn(2, 3, 32, 32)
     plain = source.eval().encode_images(pixels)
     torch.testing.assert_close(model.eval().encode_images(pixels), plain)

@@ -18,6 +18,7 @@ from lavis.data.assemble import load_tokenizer
 from lavis.tokens.qwen1 import qwen1_tokenizer
 from lavis.tokens.template import ChatTemplate
 from tests.data.data_toys import media
+from tests.models.conftest import model_config
 from tests.models.qwen1_reference import CONFIG, write_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,6 @@ ODD = [
     "👨‍👩‍👧",
 ]
 ODD += ["，", "。", "\u200b", "İ", "ß", "Å", "\u212b", *SPECIAL[:4]]
-from tests.models.conftest import model_config
 
 
 @pytest.fixture(scope="module")

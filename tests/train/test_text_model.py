@@ -11,14 +11,15 @@ from tests.train.world import PICTURES, command, environment, only_run, train_li
 
 pytestmark = pytest.mark.usefixtures("deepspeed_operators")
 RUN = {
-    "task": "language_modeling", "batch_size_train": 8, "max_steps": 3, "init_lr": 1e-2, "warmup_steps": 1, "num_workers": 0,
-    "log_freq": 1, "save_freq": 1, "keep_checkpoints": 9, "trackers": [], "output_dir": "output", "num_sample_prompts": 0,
+    "task": "language_modeling", "batch_size_train": 8, "max_steps": 3, "init_lr": 1e-2, "warmup_steps": 1,
+    "num_workers": 0, "log_freq": 1, "save_freq": 1, "keep_checkpoints": 9, "trackers": [], "output_dir": "output",
+    "num_sample_prompts": 0,
 }  # fmt: skip
 LORA = {"weights": "tiny/llm", "train": "lora", "lora": {"rank": 2, "dropout": 0.0, "targets": "linear"}}
 NEW = {
     "tokenizer": "tiny/llm", "train": "full", "config": {
-        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 16,
+        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
     },
 }  # fmt: skip
 LAYOUTS = {

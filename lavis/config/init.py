@@ -1,0 +1,37 @@
+"""The `init` section of a recipe: what parts of a model start from, beside the files of their own sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PARTS = ("tower", "connector", "llm")
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where parts start from: `source` is a run's folder, a checkpoint's or a weight file; `parts` none: all that it
+    holds something of.
+    """
+
+    source: str
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, values: Any, key: str) -> tuple[Init | None, list[str]]:
+        """An entry of a recipe's `init`, and what is wrong with it."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("from"), str):
+            return None, [
+                f"{key} is {values!r}: give a mapping with `from` (a run, a checkpoint or a file) and `parts`."
+            ]
+        parts = values.get("parts") or []
+        parts = [parts] if isinstance(parts, str) else list(parts)
+        problems = [f"{key}.{name}: unknown key; known: from, parts." for name in values.keys() - {"from", "parts"}]
+        problems += [f"{key}.parts: {name!r} is not one of {', '.join(PARTS)}." for name in parts if name not in PARTS]
+        return cls(values["from"], tuple(parts)), problems
+
+
+def inits(values: list[Any]) -> list[Init]:
+    """The entries of a recipe's `init`, which were checked."""
+    return [item for i, entry in enumerate(values) if (item := Init.read(entry, f"init.{i}")[0])]
