@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,18 @@ class Recipe:
     def flat(self) -> dict[str, Any]:
         """Dotted key to value; lists and empty mappings count as values."""
         return dict(leaves(self.to_dict()))
+
+    def fields(self) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+        """(dotted key, schema field, value) of every section and key."""
+        yield from iter_fields(self.model, "model")
+        for name, config in self.datasets.items():
+            yield from iter_fields(config, join("datasets", name))
+        yield from iter_fields(self.run, "run")
+
+    def kept_on_resume(self) -> dict[str, Any]:
+        """As `flat`, without what may change when a run is resumed."""
+        free = [f"{key}." for key, field, _ in self.fields() if field.metadata["resume"] == "free"]
+        return {key: value for key, value in self.flat().items() if not f"{key}.".startswith(tuple(free))}
 
 
 def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
@@ -365,7 +377,7 @@ def _nearest(problem: Problem, layers: Sequence[Layer]) -> str:
 
 
 def _warn_unused(recipe: Recipe) -> None:
-    for key, field, value in [*iter_fields(recipe.run, "run"), *iter_fields(recipe.model, "model")]:
+    for key, field, value in recipe.fields():
         why = field.metadata["unused"]
         if why and value is not None and recipe.origins[key] != SCHEMA:
             warn_once(f"{key} ({recipe.origins[key]}) has no effect any more: {why}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, ClassVar, NamedTuple, Optional
+from typing import Any, ClassVar, Literal, NamedTuple, Optional
 
 
 def opt(
@@ -20,6 +20,7 @@ def opt(
     registry: str | None = None,
     at_least: float | None = None,
     unused: str | None = None,
+    resume: Literal["same", "free"] = "same",
 ) -> Any:
     """A schema field.
 
@@ -27,9 +28,12 @@ def opt(
     `runner`, `processor`, `lr_schedule`).
     `at_least`: smallest allowed number. `unused`: why the key, kept for old recipes, no longer matters (warned once
     when set).
+    `resume`: whether the key may change when a run is resumed: `free` is for what changes neither the data nor the
+    optimisation of past steps.
     A mutable default (list, dict) is copied for each instance.
     """
     metadata = {"help": help, "choices": choices, "registry": registry, "at_least": at_least, "unused": unused}
+    metadata["resume"] = resume
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     if isinstance(default, type):
@@ -55,7 +59,7 @@ class ModelConfig:
     """Keys common to all models, and what the rest of the program asks of a model before it is built."""
 
     arch: str = opt("vlm", "name of the model in the registry")
-    preset: Optional[str] = opt(None, "YAML file of defaults below lavis/configs/models, such as minigpt4qwen/shapes")
+    preset: Optional[str] = opt(None, "YAML file of defaults below lavis/configs/models, such as minigpt4qwen/shapes", resume="free")
     chat_template: Optional[str] = opt(
         None, "Jinja template of conversations, for an LLM that brings none; null = the tokenizer's, else ChatML"
     )
@@ -219,17 +223,18 @@ class DataConfig:
     """The `data` section: which rows are trained and judged on, and how they are brought to the model."""
 
     train: list[DataEntry] = opt([], "what is trained on")
-    valid: list[DataEntry] = opt([], "whose loss is measured during training")
-    test: list[DataEntry] = opt([], "what is evaluated at the end")
+    valid: list[DataEntry] = opt([], "whose loss is measured during training", resume="free")
+    test: list[DataEntry] = opt([], "what is evaluated at the end", resume="free")
     packing: bool = opt(False, "pack samples into rows of pack_length with block-diagonal attention")
     pack_length: int = opt(2048, "tokens of a packed row", at_least=8)
     length_grouping: bool = opt(True, "put samples of like length into the same micro-batch, which saves padding")
-    num_workers: int = opt(4, "processes per rank that load images; 0 loads in the training process", at_least=0)
-    max_bad_image_share: float = opt(0.01, "stop when more than this share of images could not be read", at_least=0)
+    num_workers: int = opt(4, "processes per rank that load images; 0 loads in the training process", at_least=0, resume="free")
+    max_bad_image_share: float = opt(0.01, "stop when more than this share of images could not be read", at_least=0, resume="free")
     cache_features: bool = opt(
         False,
         "encode each image once with the frozen vision tower and keep the result (needs a frozen tower and an image"
         " processor without anything random)",
+        resume="free",
     )
 
     def sections(self) -> dict[str, list[DataEntry]]:
@@ -253,21 +258,29 @@ class SamplePrompt:
 class RunConfig:
     """The `run` section: what is done, for how long, how it is optimised and what is written."""
 
-    runner: str = opt("runner_base", "name of the runner in the registry", registry="runner")
+    runner: str = opt("runner_base", "name of the runner in the registry", registry="runner", resume="free")
     task: str = opt("image_text_pretrain", "name of the task in the registry", registry="task")
 
-    # how long, how much
-    max_epoch: int = opt(10, "passes over the training data", at_least=1)
-    max_steps: Optional[int] = opt(None, "optimiser steps; ends training before max_epoch when reached", at_least=1)
-    batch_size_train: int = opt(
-        1, "micro-batch: samples (packed: rows of pack_length) per rank and forward", at_least=1
+    # how long, how much; the batch may change since only its product with the ranks matters, which is checked apart
+    max_epoch: int = opt(10, "passes over the training data", at_least=1, resume="free")
+    max_steps: Optional[int] = opt(
+        None, "optimiser steps; ends training before max_epoch when reached", at_least=1, resume="free"
     )
-    batch_size_eval: int = opt(16, "samples per rank and forward in validation and generation", at_least=1)
-    accum_grad_iters: int = opt(1, "micro-batches per optimiser step", at_least=1)
+    batch_size_train: int = opt(
+        1, "micro-batch: samples (packed: rows of pack_length) per rank and forward", at_least=1, resume="free"
+    )
+    batch_size_eval: int = opt(
+        16, "samples per rank and forward in validation and generation", at_least=1, resume="free"
+    )
+    accum_grad_iters: int = opt(1, "micro-batches per optimiser step", at_least=1, resume="free")
     global_batch_size: Optional[int] = opt(
         None,
         "samples (packed: rows) per optimiser step over all ranks; accum_grad_iters then follows from it",
         at_least=1,
+        resume="free",
+    )
+    num_workers: int = opt(
+        4, "processes per rank that load images; 0 loads in the training process", at_least=0, resume="free"
     )
 
     # optimisation
@@ -291,46 +304,75 @@ class RunConfig:
     seed: int = opt(42, "seed of initialisation, data order and dropout", at_least=0)
 
     # evaluation
-    evaluate: bool = opt(False, "only evaluate, no training")
-    evaluate_blind: bool = opt(False, "evaluate the test splits with the images removed as well")
-    evaluate_before: bool = opt(False, "evaluate the test splits before training as well")
-    max_eval_samples: Optional[int] = opt(None, "samples per split in evaluation; null = all", at_least=1)
-    max_new_tokens: int = opt(64, "longest generated answer in evaluation and sample prompts, tokens", at_least=1)
+    evaluate: bool = opt(False, "only evaluate, no training", resume="free")
+    evaluate_blind: bool = opt(False, "evaluate the test splits with the images removed as well", resume="free")
+    evaluate_before: bool = opt(False, "evaluate the test splits before training as well", resume="free")
+    max_eval_samples: Optional[int] = opt(
+        None, "samples per split in evaluation; null = all", at_least=1, resume="free"
+    )
+    max_new_tokens: int = opt(
+        64, "longest generated answer in evaluation and sample prompts, tokens", at_least=1, resume="free"
+    )
 
     # what is written
-    output_dir: str = opt("output/run", "each start makes a folder of its own in here, named by time")
-    log_freq: int = opt(10, "optimiser steps between log lines", at_least=1)
-    eval_freq: Optional[int] = opt(None, "optimiser steps between validations; null = once an epoch", at_least=1)
-    save_freq: Optional[int] = opt(None, "optimiser steps between checkpoints; null = once an epoch", at_least=1)
-    keep_checkpoints: int = opt(2, "newest checkpoints kept, beside the best", at_least=1)
-    sample_prompts: list[SamplePrompt] = opt([], "fixed questions answered before, during and after training")
+    output_dir: str = opt("output/run", "each start makes a folder of its own in here, named by time", resume="free")
+    log_freq: int = opt(10, "optimiser steps between log lines", at_least=1, resume="free")
+    eval_freq: Optional[int] = opt(
+        None, "optimiser steps between validations; null = once an epoch", at_least=1, resume="free"
+    )
+    save_freq: Optional[int] = opt(
+        None, "optimiser steps between checkpoints; null = once an epoch", at_least=1, resume="free"
+    )
+    keep_checkpoints: int = opt(2, "newest checkpoints kept, beside the best", at_least=1, resume="free")
+    sample_prompts: list[SamplePrompt] = opt(
+        [], "fixed questions answered before, during and after training", resume="free"
+    )
     num_sample_prompts: int = opt(
-        4, "without sample_prompts: how many rows of the first test (else validation) split are asked", at_least=0
+        4,
+        "without sample_prompts: how many rows of the first test (else validation) split are asked",
+        at_least=0,
+        resume="free",
     )
     export: Optional[str] = opt(
         None,
         "folder (relative: under cache/) that the trained parts are written to at the end, for a later recipe to load",
+        resume="free",
     )
-    export_dtype: str = opt("fp32", "type of exported floating-point tensors", choices=("fp32", "fp16", "bf16"))
+    export_dtype: str = opt(
+        "fp32", "type of exported floating-point tensors", choices=("fp32", "fp16", "bf16"), resume="free"
+    )
     trackers: list[str] = opt(
-        ["tensorboard"], "where metrics go beside metrics.jsonl", choices=("tensorboard", "wandb", "swanlab")
+        ["tensorboard"],
+        "where metrics go beside metrics.jsonl",
+        choices=("tensorboard", "wandb", "swanlab"),
+        resume="free",
     )
 
     # resuming
     resume: str = opt(
-        "never", "never; auto = newest complete checkpoint under output_dir; or the path of a run or checkpoint"
+        "never",
+        "never; auto = newest complete checkpoint under output_dir; or the path of a run or checkpoint",
+        resume="free",
     )
-    resume_ckpt_path: Optional[str] = opt(None, "the original's name for a path in `resume`")
+    resume_ckpt_path: Optional[str] = opt(None, "the original's name for a path in `resume`", resume="free")
     resume_ckpt_load_dir: Optional[str] = opt(
-        None, "the original's name for `resume` under DeepSpeed, with resume_ckpt_tag"
+        None, "the original's name for `resume` under DeepSpeed, with resume_ckpt_tag", resume="free"
     )
-    resume_ckpt_tag: Optional[str] = opt(None, "folder name of the checkpoint inside resume_ckpt_load_dir")
+    resume_ckpt_tag: Optional[str] = opt(
+        None, "folder name of the checkpoint inside resume_ckpt_load_dir", resume="free"
+    )
 
     # where
-    device: str = opt("auto", "auto = CUDA if there is one, else CPU", choices=("auto", "cpu", "cuda"))
-    world_size: Optional[int] = opt(None, "ranks", unused="torchrun's environment decides")
-    dist_url: Optional[str] = opt(None, "rendezvous address", unused="torchrun's environment decides")
-    distributed: Optional[bool] = opt(None, "more than one rank", unused="torchrun's environment decides")
-    num_stages: int = opt(1, "stages of a pipeline (pipeline_runner); ranks are a multiple of it", at_least=1)
-    stage_blocks: list[int] = opt([], "blocks of the LLM in each stage; empty = balanced by cost")
-    deepspeed_config: dict[str, Any] = opt({}, "section handed to DeepSpeed (deepspeed_runner, pipeline_runner)")
+    device: str = opt("auto", "auto = CUDA if there is one, else CPU", choices=("auto", "cpu", "cuda"), resume="free")
+    world_size: Optional[int] = opt(None, "ranks", unused="torchrun's environment decides", resume="free")
+    dist_url: Optional[str] = opt(None, "rendezvous address", unused="torchrun's environment decides", resume="free")
+    distributed: Optional[bool] = opt(
+        None, "more than one rank", unused="torchrun's environment decides", resume="free"
+    )
+    num_stages: int = opt(
+        1, "stages of a pipeline (pipeline_runner); ranks are a multiple of it", at_least=1, resume="free"
+    )
+    stage_blocks: list[int] = opt([], "blocks of the LLM in each stage; empty = balanced by cost", resume="free")
+    deepspeed_config: dict[str, Any] = opt(
+        {}, "section handed to DeepSpeed (deepspeed_runner, pipeline_runner)", resume="free"
+    )

@@ -59,7 +59,7 @@ class TowerConfig(PartConfig):
 
     image_size: int = opt(224, "side of the square that a picture, or a tile of it, becomes, pixels", at_least=1)
     precision: str = opt("fp16", "type of a frozen tower's weights on a GPU", choices=("fp16", "bf16", "fp32"))
-    recompute: bool = opt(False, "recompute activations in backward (only where the tower is trained)")
+    recompute: bool = opt(False, "recompute activations in backward (only where the tower is trained)", resume="free")
 
     @classmethod
     def choose(cls, values: Mapping[str, Any]) -> type[TowerConfig]:
@@ -133,6 +133,7 @@ class LlmConfig(PartConfig):
         "recompute activations in backward: less memory, slower; auto = on a GPU, where the plan of the run does not "
         "fit without",
         choices=("auto", True, False),
+        resume="free",
     )
 
     @property

@@ -19,53 +19,9 @@ log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 """Written when a run has ended."""
-_FREE_RUN_KEYS = frozenset(
-    [
-        "max_epoch",
-        "max_steps",
-        "batch_size_train",
-        "batch_size_eval",
-        "accum_grad_iters",
-        "global_batch_size",
-        "log_freq",
-        "eval_freq",
-        "save_freq",
-        "keep_checkpoints",
-        "output_dir",
-        "export",
-        "export_dtype",
-        "trackers",
-        "device",
-        "world_size",
-        "dist_url",
-        "distributed",
-        "resume",
-        "resume_ckpt_path",
-        "resume_ckpt_load_dir",
-        "resume_ckpt_tag",
-        "sample_prompts",
-        "num_sample_prompts",
-        "evaluate",
-        "evaluate_blind",
-        "evaluate_before",
-        "max_eval_samples",
-        "max_new_tokens",
-        "runner",
-        "num_stages",
-        "stage_blocks",
-        "deepspeed_config",
-    ]
-)
-"""Keys of `run` that may change when a run goes on: what changes here changes neither the data nor the optimisation of
-past steps.
-The batch keys are free because only their product with the number of ranks matters, which is checked apart."""
 
-_FREE_MODEL_KEYS = frozenset(["model.llm.recompute", "model.preset", "model.released"])
-
-
-_JUDGED = ("data.valid", "data.test")
-_FREE_DATA_KEYS = frozenset(["valid", "test", "num_workers", "max_bad_image_share", "cache_features"])
-"""Keys of `data` that may change, likewise."""
+_JUDGED = ("valid", "test")
+"""Sections that may change, but not in what they take out of the training data."""
 
 
 @dataclass(frozen=True)
@@ -112,23 +68,16 @@ def recipe_differences(recipe: Recipe, saved: Path) -> list[str]:
     """Keys, among those that matter for going on, in which `recipe` differs from the resolved recipe in the file
     `saved`.
     """
-    old = recipe_from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))).flat()
-    new = recipe.flat()
-    changed = [k for k in old.keys() | new.keys() if _matters(k) and old.get(k) != new.get(k)]
-    return sorted(changed + [k for k in _JUDGED if _fractions(old[k]) != _fractions(new[k])])
+    old, new = recipe_from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))), recipe
+    before, now = old.kept_on_resume(), new.kept_on_resume()
+    changed = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    return sorted(changed + [f"data.{name}" for name in _JUDGED if _fractions(old, name) != _fractions(new, name)])
 
 
-def _matters(key: str) -> bool:
-    section, _, rest = key.partition(".")
-    if key in _FREE_MODEL_KEYS:
-        return False
-    free = {"run": _FREE_RUN_KEYS, "data": _FREE_DATA_KEYS}.get(section, frozenset())
-    return rest.split(".")[0] not in free
-
-
-def _fractions(entries: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+def _fractions(recipe: Recipe, section: str) -> list[tuple[Any, Any]]:
     """What is taken out of the training data, which may not change."""
-    return [(entry["name"], entry["fraction"]) for entry in entries if entry["fraction"] is not None]
+    entries = recipe.data.sections()[section]
+    return [(entry.name, entry.fraction) for entry in entries if entry.fraction is not None]
 
 
 def _unfinished_of(recipe: Recipe, folder: Path) -> bool:

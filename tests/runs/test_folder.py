@@ -1,0 +1,29 @@
+"""What may change when a run is resumed: each field of the schema says so itself."""
+
+from pathlib import Path
+
+import pytest
+
+from lavis.config.recipe import load_recipe
+from lavis.runs.folder import recipe_differences
+
+RECIPE = "shapes/align"
+
+
+@pytest.mark.parametrize(
+    ("options", "differences"),
+    [
+        ([], []),
+        (["run.init_lr=1"], ["run.init_lr"]),
+        (["model.image_size=32", "run.seed=1"], ["model.image_size", "run.seed"]),
+        (["run.max_epoch=3", "run.log_freq=1", "run.output_dir=elsewhere", "model.llm_grad_checkpoint=true"], []),
+        (["run.sample_prompts=[{prompt: What?}]", "run.deepspeed_config.steps_per_print=1"], []),
+    ],
+)
+def test_keys_that_matter_for_going_on(tmp_path: Path, options: list[str], differences: list[str]) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(load_recipe(RECIPE).to_yaml(), encoding="utf-8")
+    vision = "datasets.shapes_instruction.vis_processor"
+    sized = [f"{vision}.{kind}.image_size=32" for kind in ("train", "eval")] if "model.image_size=32" in options else []
+    found = recipe_differences(load_recipe(RECIPE, [*options, *sized]), saved)
+    assert [key for key in found if not key.startswith("datasets.")] == differences
