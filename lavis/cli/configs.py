@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     check = actions.add_parser("check", help="validate recipes")
     check.add_argument("recipes", nargs="+", metavar="RECIPE", help="file or name")
+    check.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
     check.set_defaults(act=_check)
 
     doc = actions.add_parser("doc", help="write the reference of all recipe keys")
@@ -66,15 +66,16 @@ def first_comment(path: Path) -> str:
 
 
 def _copy(args: argparse.Namespace) -> int:
-    from lavis.config.recipe import find_recipe
+    from lavis.config.shipped import find_recipe, with_absolute_bases
     from lavis.core.errors import ConfigError
 
     source = find_recipe(args.name)
+    text = with_absolute_bases(source)
     target = args.destination / source.name if args.destination.is_dir() else args.destination
     if target.exists() and not args.force:
         raise ConfigError(f"{target} exists: choose another name, or overwrite it with --force.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    target.write_text(text, encoding="utf-8")
     print(target)
     return 0
 
@@ -99,7 +100,7 @@ def annotated_yaml(recipe: Recipe) -> str:
                 write(value, f"{dotted}.", indent + "  ")
             else:
                 shown = json.dumps(value, ensure_ascii=False)  # JSON is YAML on one line
-                lines.append(f"{indent}{name}: {shown}  # from {recipe.origins[dotted]}")
+                lines.append(f"{indent}{name}: {shown}  # from {recipe.place(dotted)}")
 
     write(recipe.to_dict(), "", "")
     return "\n".join(lines) + "\n"
@@ -112,7 +113,7 @@ def _check(args: argparse.Namespace) -> int:
     wrong = 0
     for name in args.recipes:
         try:
-            recipe = load_recipe(name)
+            recipe = load_recipe(name, args.options)
         except ConfigError as e:
             wrong += 1
             print(f"{name}: wrong\nerror: {e}")

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -39,7 +39,7 @@ class Layer:
     @functools.cached_property
     def plain(self) -> dict[str, Any]:
         """The values as dicts and lists, interpolations not filled in."""
-        return OmegaConf.to_container(self.values)
+        return cast("dict[str, Any]", OmegaConf.to_container(self.values))
 
     def spelling(self, key: str) -> str:
         """The dotted `key` as the user wrote it here: an older name of it where that is what stands here."""
@@ -101,13 +101,13 @@ def options_layer(options: Sequence[str]) -> Layer:
 
 def merged(layers: Sequence[Layer]) -> DictConfig:
     """The values of all layers, later ones winning, interpolations not filled in."""
-    return OmegaConf.merge(*(layer.values for layer in layers))
+    return cast("DictConfig", OmegaConf.merge(*(layer.values for layer in layers)))
 
 
 def resolved(layers: Sequence[Layer], source: Path) -> dict[str, Any]:
     """The merged layers as plain values, interpolations filled in."""
     try:
-        return OmegaConf.to_container(merged(layers), resolve=True, throw_on_missing=True)
+        return cast("dict[str, Any]", OmegaConf.to_container(merged(layers), resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as e:
         raise ConfigError(f"{label(source)}: {e.full_key or 'a value'}: {str(e).splitlines()[0]}.") from e
 
@@ -135,7 +135,7 @@ def place(key: str, layers: Sequence[Layer]) -> tuple[str, str]:
     written = layer.spelling(key)
     if layer.path is None:
         return written, layer.label
-    return written, f"{layer.label}:{_line(layer.path, written)}"
+    return written, f"{layer.label}:{line_of(layer.path, written)}"
 
 
 def where(key: str, layers: Sequence[Layer]) -> str:
@@ -143,15 +143,20 @@ def where(key: str, layers: Sequence[Layer]) -> str:
     return place(key, layers)[1]
 
 
-def _line(path: Path, key: str) -> int:
+def line_of(path: Path, key: str) -> int:
     """The line of the dotted `key` in the YAML file, or of the innermost section around it that is there."""
-    node, line = yaml.compose(path.read_text(encoding="utf-8")), 0
+    node, line = _composed(path.read_text(encoding="utf-8")), 0
     for part in key.split("."):
         pairs = {k.value: (k, v) for k, v in node.value} if isinstance(node, yaml.MappingNode) else {}
         if part not in pairs:
             break
         line, node = pairs[part][0].start_mark.line + 1, pairs[part][1]
     return line
+
+
+@functools.lru_cache(maxsize=32)
+def _composed(text: str) -> yaml.Node | None:
+    return yaml.compose(text)
 
 
 def label(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Recipes: one YAML file names model, data and run. Here it is merged with the defaults, checked and typed.
 
-Later layers win: schema < lavis/configs/models/<arch>/<model_type>.yaml < recipe < --options. Where a recipe has the
-older `datasets.<builder>`, lavis/configs/datasets/<builder>.yaml lies below it.
+Later layers win: schema < lavis/configs/models/<model.preset>.yaml < the recipes that `base` names < recipe <
+--options. Where a recipe has the older `datasets.<builder>`, lavis/configs/datasets/<builder>.yaml lies below it.
 Nothing here imports torch: a wrong recipe is told in a fraction of a second.
 """
 
@@ -37,10 +37,11 @@ from lavis.config.layers import (
 )
 from lavis.config.rules import RULES
 from lavis.config.schema import DataConfig, DataEntry, ModelConfig, PreprocessConfig, RunConfig
+from lavis.config.shipped import find_recipe, recipe_layers, shipped_recipes
 from lavis.config.typed import Problem, choices, defaults, iter_fields, join, read_dataclass
 from lavis.core.errors import ConfigError, RegistryError, did_you_mean
 from lavis.core.logging import warn_once
-from lavis.core.paths import CONFIGS_ROOT, PROJECTS_ROOT
+from lavis.core.paths import CONFIGS_ROOT
 from lavis.core.registries import MODEL_CONFIGS
 
 __all__ = ["Recipe", "find_recipe", "load_dataset_config", "load_model_config", "load_preprocess_config", "load_recipe"]
@@ -59,6 +60,7 @@ class Recipe:
     source: Path
     origins: dict[str, str]
     init: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    layers: Sequence[Layer] = dataclasses.field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The sections as plain values; `recipe_from_dict` reads them back."""
@@ -84,6 +86,11 @@ class Recipe:
             yield from iter_fields(config, join("datasets", name))
         yield from iter_fields(self.run, "run")
 
+    def place(self, key: str) -> str:
+        """The origin of `key`, with the line if it is a file."""
+        label, at = self.origins[key], where(key, self.layers) if self.layers else ""
+        return at if at.startswith(f"{label}:") else label
+
     def kept_on_resume(self) -> dict[str, Any]:
         """As `flat`, without what may change when a run is resumed."""
         free = [f"{key}." for key, field, _ in self.fields() if field.metadata["resume"] == "free"]
@@ -96,8 +103,8 @@ def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
     Raises ConfigError listing every unknown key and wrong value, or else every impossible combination, with the mend.
     """
     file = find_recipe(path)
-    user = [read_layer(file), options_layer(options)]
-    _check_sections(user[0])
+    user = [*recipe_layers(file), options_layer(options)]
+    _check_sections(user[:-1])
     mention_renamed(translated(user)[0])
     recipe = _build([*_default_layers(user), *user], file)
     _warn_unused(recipe)
@@ -186,33 +193,12 @@ def model_types(arch: str) -> list[str]:
     return sorted(p.stem for p in (CONFIGS_ROOT / "models" / arch).glob("*.yaml"))
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Short name (`shapes/align`) to file of every recipe in the package."""
-    files = sorted(PROJECTS_ROOT.rglob("*.yaml"))
-    return {p.relative_to(PROJECTS_ROOT).with_suffix("").as_posix(): p for p in files}
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The file that `path` means: itself if it exists, else the shipped recipe of that name.
-
-    Raises ConfigError naming the nearest shipped recipes.
-    """
-    file = Path(path).expanduser()
-    if file.is_file():
-        return file
-    shipped = shipped_recipes()
-    name = file.as_posix().removeprefix("lavis/projects/").removesuffix(".yaml")
-    if name in shipped:
-        return shipped[name]
-    hint = did_you_mean(name, shipped)
-    raise ConfigError(f"no recipe {str(path)!r}, neither a file nor shipped.{hint} See `lavis configs list`.")
-
-
-def _check_sections(layer: Layer) -> None:
-    given = layer.values.keys() | ({"data"} if layer.values.get("datasets") else set())
-    missing = [s for s in ("model", "data") if s not in given or layer.values.get(s, True) is None]
+def _check_sections(layers: Sequence[Layer]) -> None:
+    given = {s for layer in layers for s in ("model", "data") if layer.values.get(s) is not None}
+    given |= {"data"} if any(layer.values.get("datasets") for layer in layers) else set()
+    missing = [s for s in ("model", "data") if s not in given]
     if missing:
-        raise ConfigError(f"{layer.label}: the recipe lacks the section {' and '.join(map(repr, missing))}.")
+        raise ConfigError(f"{layers[-1].label}: the recipe lacks the section {' and '.join(map(repr, missing))}.")
 
 
 def _arch(layers: Sequence[Layer]) -> str:
@@ -295,7 +281,7 @@ def _build(written: Sequence[Layer], source: Path) -> Recipe:
     run = read_dataclass(RunConfig, values["run"], "run", problems)
     if problems:
         raise ConfigError(_report(problems, layers, label(source)))
-    recipe = Recipe(model, data, run, source, {}, init=values["init"] or [])
+    recipe = Recipe(model, data, run, source, {}, init=values["init"] or [], layers=layers)
     recipe.origins.update({key: origin(key, layers).label for key in recipe.flat()})
     return recipe
 

@@ -92,7 +92,7 @@ def section_type(hint: Any) -> type | None:
     """The dataclass in `hint`, also if it may be null; None for other types."""
     args = [a for a in typing.get_args(hint) if a is not type(None)]
     inner = args[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
-    return inner if dataclasses.is_dataclass(inner) else None
+    return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
 
 
 def read_dataclass(cls: type, value: Any, key: str, problems: list[Problem]) -> Any:
@@ -141,7 +141,7 @@ def read_value(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return None if value is None else read_value(args[0], value, key, problems)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, key, problems)
     if origin is dict and (value is None or isinstance(value, Mapping)):
         return {str(k): read_value(args[1], v, join(key, k), problems) for k, v in (value or {}).items()}
