@@ -66,11 +66,11 @@ def first_comment(path: Path) -> str:
 
 
 def _copy(args: argparse.Namespace) -> int:
-    from lavis.config.shipped import find_recipe, with_absolute_bases
+    from lavis.config.shipped import find_recipe, movable_text
     from lavis.core.errors import ConfigError
 
     source = find_recipe(args.name)
-    text = with_absolute_bases(source)
+    text = movable_text(source)
     target = args.destination / source.name if args.destination.is_dir() else args.destination
     if target.exists() and not args.force:
         raise ConfigError(f"{target} exists: choose another name, or overwrite it with --force.")

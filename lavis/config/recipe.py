@@ -21,6 +21,7 @@ from lavis.config.compat import leaves
 from lavis.config.compat.data import entry_of, splits_of
 from lavis.config.deepspeed import DEEPSPEED_RUNNERS, shared_values
 from lavis.config.files import missing_files
+from lavis.config.imports import load_imports, load_saved_imports
 from lavis.config.layers import (
     SCHEMA,
     Layer,
@@ -42,10 +43,12 @@ from lavis.config.typed import Problem, choices, defaults, iter_fields, join, re
 from lavis.core.errors import ConfigError, RegistryError, did_you_mean
 from lavis.core.logging import warn_once
 from lavis.core.paths import CONFIGS_ROOT
+from lavis.core.plugins import COPIES as IMPORTS
+from lavis.core.plugins import Import, copy_imports, load_plugins
 from lavis.core.registries import MODEL_CONFIGS
 
 __all__ = ["Recipe", "find_recipe", "load_dataset_config", "load_model_config", "load_preprocess_config", "load_recipe"]
-__all__ += ["missing_files", "model_types", "recipe_from_dict", "shipped_recipes", "validate"]
+__all__ += ["load_saved", "missing_files", "model_types", "recipe_from_dict", "shipped_recipes", "validate"]
 
 SECTIONS = ("model", "init", "data", "run")
 
@@ -60,11 +63,13 @@ class Recipe:
     source: Path
     origins: dict[str, str]
     init: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    imports: tuple[Import, ...] = ()
     layers: Sequence[Layer] = dataclasses.field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The sections as plain values; `recipe_from_dict` reads them back."""
-        return {
+        imports = {IMPORTS: [item.name for item in self.imports]} if self.imports else {}
+        return imports | {
             "model": dataclasses.asdict(self.model),
             "init": self.init,
             "data": dataclasses.asdict(self.data),
@@ -74,6 +79,11 @@ class Recipe:
     def to_yaml(self) -> str:
         """The sections as YAML, in the schema's order."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def save(self, folder: Path) -> None:
+        """Write it into the folder of a run, with the files it imports; `load_saved` reads it back."""
+        (folder / "config.yaml").write_text(self.to_yaml(), encoding="utf-8")
+        copy_imports(self.imports, folder)
 
     def flat(self) -> dict[str, Any]:
         """Dotted key to value; lists and empty mappings count as values."""
@@ -88,12 +98,13 @@ class Recipe:
 
     def place(self, key: str) -> str:
         """The origin of `key`, with the line if it is a file."""
-        label, at = self.origins[key], where(key, self.layers) if self.layers else ""
+        label = self.origins[key]
+        at = where(key, self.layers) if self.layers else label
         return at if at.startswith(f"{label}:") else label
 
     def kept_on_resume(self) -> dict[str, Any]:
         """As `flat`, without what may change when a run is resumed."""
-        free = [f"{key}." for key, field, _ in self.fields() if field.metadata["resume"] == "free"]
+        free = [f"{IMPORTS}.", *(f"{key}." for key, field, _ in self.fields() if field.metadata["resume"] == "free")]
         return {key: value for key, value in self.flat().items() if not f"{key}.".startswith(tuple(free))}
 
 
@@ -104,9 +115,10 @@ def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
     """
     file = find_recipe(path)
     user = [*recipe_layers(file), options_layer(options)]
+    imports = load_imports(user)
     _check_sections(user[:-1])
     mention_renamed(translated(user)[0])
-    recipe = _build([*_default_layers(user), *user], file)
+    recipe = _build([*_default_layers(user), *user], file, imports)
     _warn_unused(recipe)
     recipe = with_deepspeed_section(recipe)
     validate(recipe)
@@ -143,15 +155,28 @@ def validate(recipe: Recipe) -> None:
 def recipe_from_dict(values: Mapping[str, Any], source: Path = Path("saved config")) -> Recipe:
     """The Recipe that `to_dict` made. Keys that are missing take the schema's defaults, not those of the YAML files.
 
-    Raises ConfigError if the values do not fit the schema; combinations are not checked again.
+    Nothing is imported for it. Raises ConfigError if the values do not fit the schema; combinations are not checked
+    again.
     """
-    return _build([Layer(str(source), OmegaConf.create(dict(values)))], source)
+    layer = Layer(str(source), OmegaConf.create({k: v for k, v in values.items() if k != IMPORTS}))
+    return _build([layer], source)
+
+
+def load_saved(config: Path) -> Recipe:
+    """The Recipe that `save` wrote, after importing what it imports.
+
+    Raises ConfigError for Python that is missing or not trusted (see lavis.core.plugins), or as `recipe_from_dict`.
+    """
+    layer = read_layer(config)
+    imports = load_saved_imports(layer, config)
+    return _build([dataclasses.replace(layer, path=None)], config, imports)
 
 
 def load_model_config(arch: str, model_type: str = "default", options: Sequence[str] = ()) -> ModelConfig:
     """The model section that `arch` and `model_type` (or the folder and file of a preset) mean by themselves; `options`
     are `key=value` within it.
     """
+    load_plugins()
     chosen = Layer(SCHEMA, OmegaConf.create({"model": {"arch": arch, "model_type": model_type}}))
     layers = [chosen, options_layer([f"model.{o}" for o in options])]
     return _build([*_default_layers(layers), *layers], Path(arch)).model
@@ -268,7 +293,7 @@ def _schema_layer(layers: Sequence[Layer]) -> Layer:
     return Layer(SCHEMA, OmegaConf.create(values))
 
 
-def _build(written: Sequence[Layer], source: Path) -> Recipe:
+def _build(written: Sequence[Layer], source: Path, imports: tuple[Import, ...] = ()) -> Recipe:
     """Translate, merge, resolve interpolations, check against the schema."""
     layers, problems = translated(written)
     for layer in layers:
@@ -281,8 +306,9 @@ def _build(written: Sequence[Layer], source: Path) -> Recipe:
     run = read_dataclass(RunConfig, values["run"], "run", problems)
     if problems:
         raise ConfigError(_report(problems, layers, label(source)))
-    recipe = Recipe(model, data, run, source, {}, init=values["init"] or [], layers=layers)
+    recipe = Recipe(model, data, run, source, {}, values["init"] or [], imports, layers)
     recipe.origins.update({key: origin(key, layers).label for key in recipe.flat()})
+    recipe.origins.update((IMPORTS, item.place) for item in imports)
     return recipe
 
 

@@ -87,13 +87,16 @@ def find_base(name: str, recipe: Path) -> Path:
     raise ConfigError(f"base ({at}): no recipe {name!r}, neither a file beside this one nor shipped.{hint}")
 
 
-def with_absolute_bases(file: Path) -> str:
-    """The text of a recipe, its bases named so that they are found from any other folder too."""
+def movable_text(file: Path) -> str:
+    """The text of a recipe; the bases and Python files it names are found from any other folder too."""
     text = file.read_text(encoding="utf-8")
-    for node in reversed(_scalars(yaml.compose(text), "base")):
-        if node.value not in shipped_recipes():
-            start, end = node.start_mark.index, node.end_mark.index
-            text = text[:start] + json.dumps(_portable(find_base(node.value, file)), ensure_ascii=False) + text[end:]
+    root, shipped = yaml.compose(text), shipped_recipes()
+    names = [(node, _portable(find_base(node.value, file))) for node in _scalars(root, "base")]
+    own = [(node, file.parent / node.value) for node in _scalars(root, "imports")]
+    names += [(node, str(path.resolve())) for node, path in own if path.is_file()]
+    for node, name in sorted(names, key=lambda pair: -pair[0].start_mark.index):  # the last one first
+        if node.value not in shipped:
+            text = text[: node.start_mark.index] + json.dumps(name, ensure_ascii=False) + text[node.end_mark.index :]
     return text
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
-from lavis.config.recipe import Recipe, recipe_from_dict
+from lavis.config.recipe import Recipe, load_saved
 from lavis.core.errors import CheckpointError
 from lavis.core.paths import resolve
 from lavis.models.configs import VlmConfig
@@ -65,8 +64,7 @@ def open_any_run(where: str | Path) -> Trained:
     """As `open_run`, of whatever model."""
     where = Path(where).absolute()
     checkpoint = best_checkpoint(complete_checkpoints(where / "checkpoints")) or find_checkpoint(where)
-    file = checkpoint.path / "config.yaml"
-    return Trained(checkpoint, recipe_from_dict(yaml.safe_load(file.read_text(encoding="utf-8")), file))
+    return Trained(checkpoint, load_saved(checkpoint.path / "config.yaml"))
 
 
 def export_pth(trained: Trained, target: Path) -> Path:

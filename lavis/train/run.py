@@ -116,7 +116,7 @@ def _open_folder(recipe: Recipe, w: World) -> RunFolder:
     opened: RunFolder = w.broadcast(open_run_folder(recipe) if w.is_main else None)
     if w.is_main:
         setup_logging(file=opened.path / "log.txt")
-        (opened.path / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        recipe.save(opened.path)
     return opened
 
 

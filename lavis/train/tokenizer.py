@@ -26,7 +26,7 @@ def train_tokenizer(recipe: Recipe) -> dict[str, Any]:
         raise ConfigError("run.export is empty: name the folder (under cache/) that the tokenizer is written to.")
     started = time.perf_counter()
     folder = open_run_folder(recipe).path
-    (folder / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    recipe.save(folder)
     training = TokenizerTraining(recipe)
     tokenizer = training.fit(examples_of(recipe, "train"))
     written = [str(p) for p in training.export(tokenizer, cache_root() / Path(recipe.run.export))]
