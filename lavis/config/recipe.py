@@ -30,12 +30,12 @@ from lavis.config.layers import (
     merged,
     options_layer,
     origin,
-    place,
     read_layer,
     resolved,
     translated,
     where,
 )
+from lavis.config.report import listed, report
 from lavis.config.rules import RULES
 from lavis.config.schema import DataConfig, DataEntry, ModelConfig, PreprocessConfig, RunConfig
 from lavis.config.shipped import find_recipe, recipe_layers, shipped_recipes
@@ -149,7 +149,7 @@ def validate(recipe: Recipe) -> None:
     """Raise ConfigError listing every combination of values in `recipe` that can't work."""
     messages = [message for rule in RULES for message in rule(recipe)]
     if messages:
-        raise ConfigError(_listed(messages, label(recipe.source)))
+        raise ConfigError(listed(messages, label(recipe.source)))
 
 
 def recipe_from_dict(values: Mapping[str, Any], source: Path = Path("saved config")) -> Recipe:
@@ -189,7 +189,7 @@ def load_preprocess_config(arch: str, model_type: str = "default") -> Preprocess
     section = resolved(layers, path).get("preprocess")
     config = read_dataclass(PreprocessConfig, section, "preprocess", problems)
     if problems:
-        raise ConfigError(_report(problems, layers, layers[0].label))
+        raise ConfigError(report(problems, layers, layers[0].label))
     model: Any = load_model_config(arch, model_type)
     if model.sees:
         config.vis_processor = model.media.processors(model.tower.image_size)
@@ -209,7 +209,7 @@ def load_dataset_config(builder: str, path: str | Path | None = None) -> dict[st
         for split in splits_of(builder, section)
     }
     if problems:
-        raise ConfigError(_report(problems, layers, str(path or builder)))
+        raise ConfigError(report(problems, layers, str(path or builder)))
     return entries
 
 
@@ -305,7 +305,7 @@ def _build(written: Sequence[Layer], source: Path, imports: tuple[Import, ...] =
     data = read_dataclass(DataConfig, values["data"], "data", problems)
     run = read_dataclass(RunConfig, values["run"], "run", problems)
     if problems:
-        raise ConfigError(_report(problems, layers, label(source)))
+        raise ConfigError(report(problems, layers, label(source)))
     recipe = Recipe(model, data, run, source, {}, values["init"] or [], imports, layers)
     recipe.origins.update({key: origin(key, layers).label for key in recipe.flat()})
     recipe.origins.update((IMPORTS, item.place) for item in imports)
@@ -354,38 +354,6 @@ def _without_empty_sections(layer: Layer, schema: Layer, kept: Collection[str]) 
         return result | inner
 
     return dataclasses.replace(layer, values=OmegaConf.create(strip(layer.plain, schema.plain, "")))
-
-
-def _report(problems: Sequence[Problem], layers: Sequence[Layer], source: str) -> str:
-    return _listed([_described(problem, layers) for problem in problems], source)
-
-
-def _described(problem: Problem, layers: Sequence[Layer]) -> str:
-    key, at = place(problem.key, layers)
-    renamed = f" ({key} is called {problem.key} now.)" if key != problem.key else ""
-    return f"{key} ({at}): {problem.message}.{_nearest(problem, layers)}{renamed}"
-
-
-def _listed(messages: Sequence[str], source: str) -> str:
-    if len(messages) == 1:
-        return messages[0]
-    return f"{source}: {len(messages)} problems\n" + "\n".join(f"  - {message}" for message in messages)
-
-
-def _nearest(problem: Problem, layers: Sequence[Layer]) -> str:
-    """Valid names near an unknown one: the same name in another section, else near names beside it, else elsewhere."""
-    if problem.siblings is None:
-        return ""
-    name = problem.key.rsplit(".", 1)[-1]
-    elsewhere = [key for key, _ in leaves(layers[0].plain)]
-    same = [key for key in elsewhere if key.rsplit(".", 1)[-1] == name]
-    if same and name not in problem.siblings:
-        return f" It belongs elsewhere: {' or '.join(same[:3])}."
-    beside = did_you_mean(name, problem.siblings)
-    if beside:
-        return beside
-    by_name = {key.rsplit(".", 1)[-1]: key for key in reversed(elsewhere)}
-    return did_you_mean(name, by_name) or f" Known here: {', '.join(problem.siblings)}."
 
 
 def _warn_unused(recipe: Recipe) -> None:

@@ -59,7 +59,9 @@ class ModelConfig:
     """Keys common to all models, and what the rest of the program asks of a model before it is built."""
 
     arch: str = opt("vlm", "name of the model in the registry")
-    preset: Optional[str] = opt(None, "YAML file of defaults below lavis/configs/models, such as minigpt4qwen/shapes", resume="free")
+    preset: Optional[str] = opt(
+        None, "YAML file of defaults below lavis/configs/models, such as minigpt4qwen/shapes", resume="free"
+    )
     chat_template: Optional[str] = opt(
         None, "Jinja template of conversations, for an LLM that brings none; null = the tokenizer's, else ChatML"
     )
@@ -228,8 +230,12 @@ class DataConfig:
     packing: bool = opt(False, "pack samples into rows of pack_length with block-diagonal attention")
     pack_length: int = opt(2048, "tokens of a packed row", at_least=8)
     length_grouping: bool = opt(True, "put samples of like length into the same micro-batch, which saves padding")
-    num_workers: int = opt(4, "processes per rank that load images; 0 loads in the training process", at_least=0, resume="free")
-    max_bad_image_share: float = opt(0.01, "stop when more than this share of images could not be read", at_least=0, resume="free")
+    num_workers: int = opt(
+        4, "processes per rank that load images; 0 loads in the training process", at_least=0, resume="free"
+    )
+    max_bad_image_share: float = opt(
+        0.01, "stop when more than this share of images could not be read", at_least=0, resume="free"
+    )
     cache_features: bool = opt(
         False,
         "encode each image once with the frozen vision tower and keep the result (needs a frozen tower and an image"

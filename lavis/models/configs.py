@@ -29,7 +29,8 @@ class VlmConfig(ModelConfig):
     max_length: int = opt(512, "longest sample, tokens, images included", at_least=8)
     enable_autocast: bool = opt(True, "as `run.amp`; both must be true")
     released: Optional[str] = opt(
-        None, "weight file of trained parts that chat opens when no run is named; training starts without it",
+        None,
+        "weight file of trained parts that chat opens when no run is named; training starts without it",
         resume="free",
     )
 

@@ -87,6 +87,13 @@ def test_messages_call_a_key_as_it_is_written_and_name_todays(recipe_file: Path)
     assert f"run.shuffle ({recipe_file}:7): -1 is below the smallest allowed value, 0." in str(caught.value)
 
 
+def test_older_names_are_proposed_too(recipe_file: Path) -> None:
+    with pytest.raises(ConfigError, match="run.random_sed .*unknown key. Did you mean 'random_seed'"):
+        load_recipe(recipe_file, ["run.random_sed=3"])
+    with pytest.raises(ConfigError, match="model.shuffle .*unknown key. It belongs elsewhere: run.shuffle"):
+        load_recipe(recipe_file, ["model.shuffle=3"])
+
+
 def test_what_means_nothing_is_refused_with_its_line(recipe_file: Path) -> None:
     recipe_file.write_text(RECIPE.replace("shuffle: 3", "shuffle: wildly"))
     with pytest.raises(ConfigError) as caught:

@@ -83,6 +83,7 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
     [
         (["run.image_size=3"], "It belongs elsewhere: model.tower.image_size"),
         (["run.train_qfromer=full"], "Did you mean 'train_qformer'"),
+        (["model.lora_rank=3"], "unknown key. Known here: arch,"),
         (["runs.seed=3"], "unknown section. Did you mean 'run'"),
         (["model.arch=minigpt4qwn"], "(--options): unknown model 'minigpt4qwn'. Did you mean 'minigpt4qwen'"),
         (["model.model_type=qwen7b_caht"], "no type 'qwen7b_caht'. Did you mean 'qwen7b_chat'"),

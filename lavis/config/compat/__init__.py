@@ -132,6 +132,14 @@ def _renamed(key: str) -> str:
     return key
 
 
+def older_names(section: str | None = None) -> list[str]:
+    """Older dotted keys; of a section: the names just below it."""
+    olds = dict.fromkeys([*RENAMES, *(key for module in _MODULES for key in module.CONSUMED)])
+    if section is None:
+        return list(olds)
+    return [name for above, _, name in (key.rpartition(".") for key in olds) if above == section]
+
+
 def leaves(values: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of all below `values`; lists and empty mappings count as values."""
     for name, value in values.items():
