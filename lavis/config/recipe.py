@@ -30,6 +30,7 @@ from lavis.config.layers import (
     merged,
     options_layer,
     origin,
+    place,
     read_layer,
     resolved,
     translated,
@@ -92,8 +93,7 @@ class Recipe:
     def fields(self) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
         """(dotted key, schema field, value) of every section and key."""
         yield from iter_fields(self.model, "model")
-        for name, config in self.datasets.items():
-            yield from iter_fields(config, join("datasets", name))
+        yield from iter_fields(self.data, "data")
         yield from iter_fields(self.run, "run")
 
     def place(self, key: str) -> str:
