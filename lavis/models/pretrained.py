@@ -60,8 +60,8 @@ def save_model(model: Any, folder: str | Path, max_shard_size: int | str) -> Non
 def load_model(
     cls: Callable[..., Any], folder: str | Path, frozen: torch.dtype, llm_dtype: torch.dtype | None = None
 ) -> Any:
-    """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in `llm_dtype`
-    if one is given. `cls` is what makes it.
+    """The model in `folder`, on the CPU in eval mode: a frozen LLM in `frozen`, all else in fp32; the LLM in
+    `llm_dtype` if one is given. `cls` is what makes it.
 
     Raises CheckpointError when the folder is not one of the kinds that are read, or is incomplete.
     """
