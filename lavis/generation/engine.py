@@ -2,9 +2,8 @@
 answers together.
 
 A prompt is always what the template makes of the whole conversation, and whatever part of it has been read before is
-taken from
-the store of keys and values. So the answer is the one that reading everything again would give, and nobody has to keep a
-state.
+taken from the store of keys and values. So the answer is the one that reading everything again would give, and nobody
+has to keep a state.
 """
 
 from __future__ import annotations
