@@ -82,8 +82,11 @@ def fractions(recipe: Recipe) -> Iterator[str]:
 
 
 def kinds(recipe: Recipe) -> Iterator[str]:
-    """Rows that the architecture can read."""
+    """Rows that the architecture can read, and in `test` such as have an answer."""
     arch = recipe.model.arch
+    for i, entry in enumerate(recipe.data.test):
+        if entry.kind == "document":
+            yield f"data.test.{i} holds documents, which nobody answers: list it under data.valid to have its loss."
     for key, entry in recipe.data.entries():
         if (
             arch == "byte_level_bpe"

@@ -77,6 +77,11 @@ class PreparedTable:
         values = json.loads(self._table["row"][index].as_py())
         return _conversation(values.get("chosen", values))
 
+    @cached_property
+    def holds_conversations(self) -> bool:
+        """Whether its rows are conversations or pairs, not blocks of documents."""
+        return bool(len(self)) and bool(self.conversation(0).messages)
+
     def image_paths(self) -> list[str]:
         """Every image of the table once, absolute if there is an image folder."""
         return [self.image_path(p) for p in pa.compute.unique(_flat(self._table["images"])).to_pylist()]

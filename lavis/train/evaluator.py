@@ -103,7 +103,7 @@ class Evaluator:
         if self.run.sample_prompts:
             return [_prompt(p.image and str(resolve(p.image)), p.prompt) for p in self.run.sample_prompts]
         tables = next(iter([*self.data.test.values(), *self.data.valid.values()]), [])
-        rows = [(t, i) for t in tables for i in range(len(t))]
+        rows = [(t, i) for t in tables if t.holds_conversations for i in range(len(t))]
         # odd: rows often come in pairs of two languages
         stride = max(1, len(rows) // max(1, self.run.num_sample_prompts)) | 1
         return [_conversation(t, i) for t, i in rows[::stride][: self.run.num_sample_prompts]]

@@ -134,6 +134,7 @@ def test_fractions_of_documents_are_cut_before_the_blocks(cache: Path, recipe_of
         ({"train": [{"path": "a"}], "valid": [{"fraction": 1.5}]}, "it is above 0 and below 1"),
         ({"train": [{"path": "a"}], "valid": [{"fraction": 0.5}], "test": [{"fraction": 0.5}]}, "leave some rows"),
         ({"train": [{"path": "a"}], "valid": [{"name": "x", "fraction": 0.5}]}, "is no entry of data.train"),
+        ({"train": [{"path": "a"}], "test": [{"path": "a", "kind": "document"}]}, "data.test.0 holds documents"),
         ({"train": [{"path": "a", "kind": "caption"}]}, "takes conversation, document, pair or prompt"),
         ({"train": [{"path": "a", "url": ["x", "y"]}]}, "url has 2 for the 1 of data.train.0.path"),
     ],
