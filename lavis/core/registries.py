@@ -58,9 +58,9 @@ EXPORTERS: Registry[Any] = Registry(
     },
 )
 HF_MODELS: Registry[Any] = Registry(
-    "transformers model type", lazy={"blip-2": "lavis.models.hf.blip2"}
+    "transformers model type", lazy={"blip-2": "lavis.models.hf.blip2", "llava": "lavis.models.hf.llava"}
 )
-"""model_type of a transformers folder to what reads it as a Vlm: config(values, where), tensors(tensors) and
+"""model_type of a transformers folder to what reads it as a Vlm: config(values, where), tensors(tensors, config) and
 image_token_id(values) of the values in its config.json."""
 SOURCES: Registry[Any] = Registry(
     "source of data",

@@ -7,7 +7,7 @@ registered together with the class, or for parts of this package by name in lavi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from lavis.config.schema import NamedFile, opt
@@ -21,8 +21,8 @@ PARTS = ("tower", "connector", "llm")
 
 @dataclass(frozen=True)
 class Init:
-    """Where parts start from: `source` is a run's folder, a checkpoint's or a weight file; `parts` none: all that it
-    holds something of.
+    """Where parts start from: `source` is a run's folder, a checkpoint's, a weight file, or the folder of a whole model
+    (save_pretrained's, LLaVA's); `parts` none: all that it holds something of.
     """
 
     source: str
@@ -33,7 +33,7 @@ class Init:
         """An entry of a recipe's `init`, and what is wrong with it."""
         if not isinstance(values, Mapping) or not isinstance(values.get("from"), str):
             return None, [
-                f"{key} is {values!r}: give a mapping with `from` (a run, a checkpoint or a file) and `parts`."
+                f"{key} is {values!r}: give a mapping with `from` (a run, checkpoint, model folder or file) and `parts`."
             ]
         parts = values.get("parts") or []
         parts = [parts] if isinstance(parts, str) else list(parts)
@@ -73,6 +73,10 @@ class PartConfig:
     def trained(self) -> bool:
         """Whether anything of it is trained."""
         return self.train != "frozen"
+
+    def without_files(self) -> PartConfig:
+        """The same part where its weights come from elsewhere: what its files say of it stands in the section."""
+        return replace(self, weights=None)
 
     def problems(self, key: str) -> Iterator[str]:
         """Sentences about values that can't work together; `key` is the dotted key of the section."""

@@ -132,6 +132,10 @@ class HfVisionConfig(TowerConfig):
         """The same tower with so many blocks and random weights."""
         return replace(self, weights=None, config=self.values() | {"num_hidden_layers": blocks}, layer=blocks)
 
+    def without_files(self) -> HfVisionConfig:
+        """See TowerConfig."""
+        return replace(self, weights=None, config=self.values())
+
     def problems(self, key: str) -> Iterator[str]:
         """See TowerConfig."""
         if not self.weights and not self.config:
