@@ -20,6 +20,7 @@ from lavis.models.initial import load_weights
 from lavis.models.part_configs import EvaConfig
 from lavis.models.parts import Init, LoraSettings
 from lavis.models.vlm import Vlm
+from lavis.weights.trained import trained_file
 
 IMAGE, VOCABULARY, SIZE, SPAN = 98, 120, 56, 16
 CLIP = {
@@ -260,3 +261,16 @@ def _hub_name(name):
     ):
         name = re.sub(pattern, there, name)
     return name
+
+
+def test_a_recipe_s_output_folder_means_its_newest_run(tmp_path):
+    for run in ("20260101_000000", "20260102_000000", "20260103_000000"):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+    for run in ("20260101_000000", "20260102_000000"):  # the newest has no checkpoint yet
+        step = tmp_path / run / "checkpoints" / "step-10"
+        step.mkdir()
+        (step / "COMPLETE").write_text(json.dumps({"valid_loss": None, "step": 10}))
+    found = trained_file(tmp_path)
+    assert found == tmp_path / "20260102_000000" / "checkpoints" / "step-10" / "trainable.safetensors"
+    with pytest.raises(CheckpointError, match="holds no trained parts"):
+        trained_file(tmp_path / "20260103_000000")
