@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lavis.core.errors import ConfigError, did_you_mean
+from lavis.tokens.layout import CHATML
+
+SYSTEM = "You are a helpful assistant."
+"""System message of conversations without one, where a template takes one."""
+
 
 class NamedTemplate(NamedTuple):
     """A Jinja template, and the system message of conversations without one."""
@@ -13,6 +19,7 @@ class NamedTemplate(NamedTuple):
 
 
 CHAT_TEMPLATES: dict[str, NamedTemplate] = {
+    "chatml": NamedTemplate(CHATML, SYSTEM),
     # LLaVA-1.5's conversation "vicuna_v1", with which Vicuna 1.5 was made
     "vicuna": NamedTemplate(
         "{{ bos_token }}"
@@ -29,3 +36,21 @@ CHAT_TEMPLATES: dict[str, NamedTemplate] = {
     ),
 }
 """Name in `model.chat_template` to the template."""
+
+
+def chat_template_named(template: str) -> str:
+    """The Jinja template of that name; a template itself is returned as it is. Raises ConfigError for another word."""
+    if template in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[template].jinja
+    if "{" not in template:
+        hint = did_you_mean(template, CHAT_TEMPLATES)
+        raise ConfigError(
+            f"model.chat_template {template!r} is neither a template in Jinja nor the name of one:"
+            f" {', '.join(CHAT_TEMPLATES)}.{hint}"
+        )
+    return template
+
+
+def system_of(jinja: str) -> str:
+    """The system message that a template was made for."""
+    return next((named.system for named in CHAT_TEMPLATES.values() if named.jinja == jinja), SYSTEM)

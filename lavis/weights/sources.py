@@ -100,6 +100,7 @@ SOURCES: dict[str, Source] = {
     "vicuna-13b-v1.5": HubFolder("lmsys/vicuna-13b-v1.5", 26_030_000_000, ("pytorch_model*", *TOKENIZER_FILES)),
     "Qwen7B-chat": HubFolder("Qwen/Qwen-7B-Chat", 15_400_000_000),
     "Qwen-14B-Chat": HubFolder("Qwen/Qwen-14B-Chat", 28_300_000_000),
+    "Qwen2.5-1.5B-Instruct": HubFolder("Qwen/Qwen2.5-1.5B-Instruct", 3_090_000_000),
     "Qwen2.5-7B-Instruct": HubFolder("Qwen/Qwen2.5-7B-Instruct", 15_200_000_000),
     "Qwen2.5-14B-Instruct": HubFolder("Qwen/Qwen2.5-14B-Instruct", 29_500_000_000),
     "Qwen3-8B": HubFolder("Qwen/Qwen3-8B", 16_400_000_000),
