@@ -11,8 +11,8 @@ PARTS = ("tower", "connector", "llm")
 
 @dataclass(frozen=True)
 class Init:
-    """Where parts start from: `source` is a run's folder, a checkpoint's or a weight file; `parts` none: all that it
-    holds something of.
+    """Where parts start from: `source` is a run's folder, a checkpoint's, a weight file, or the folder of a whole model
+    (save_pretrained's, LLaVA's); `parts` none: all that it holds something of.
     """
 
     source: str
@@ -22,9 +22,8 @@ class Init:
     def read(cls, values: Any, key: str) -> tuple[Init | None, list[str]]:
         """An entry of a recipe's `init`, and what is wrong with it."""
         if not isinstance(values, Mapping) or not isinstance(values.get("from"), str):
-            return None, [
-                f"{key} is {values!r}: give a mapping with `from` (a run, a checkpoint or a file) and `parts`."
-            ]
+            want = "a mapping with `from` (a run, checkpoint, model folder or file) and `parts`"
+            return None, [f"{key} is {values!r}: give {want}."]
         parts = values.get("parts") or []
         parts = [parts] if isinstance(parts, str) else list(parts)
         problems = [f"{key}.{name}: unknown key; known: from, parts." for name in values.keys() - {"from", "parts"}]

@@ -177,7 +177,9 @@ def load_model_config(arch: str, model_type: str = "default", options: Sequence[
     are `key=value` within it.
     """
     load_plugins()
-    chosen = Layer(SCHEMA, OmegaConf.create({"model": {"arch": arch, "model_type": model_type}}))
+    preset = CONFIGS_ROOT / "models" / arch / f"{model_type}.yaml"
+    named = {"preset": f"{arch}/{model_type}"} if preset.exists() else {"arch": arch, "model_type": model_type}
+    chosen = Layer(SCHEMA, OmegaConf.create({"model": named}))
     layers = [chosen, options_layer([f"model.{o}" for o in options])]
     return _build([*_default_layers(layers), *layers], Path(arch)).model
 

@@ -63,7 +63,9 @@ class ModelConfig:
         None, "YAML file of defaults below lavis/configs/models, such as minigpt4qwen/shapes", resume="free"
     )
     chat_template: Optional[str] = opt(
-        None, "Jinja template of conversations, for an LLM that brings none; null = the tokenizer's, else ChatML"
+        None,
+        "template of conversations for an LLM that brings none: Jinja, or the name of one (vicuna, chatml);"
+        " null = the tokenizer's, else ChatML",
     )
 
     tasks: ClassVar[tuple[str, ...]] = ()

@@ -17,15 +17,36 @@ MODEL_CONFIGS: Registry[Any] = Registry(
     "model", lazy=dict.fromkeys(["vlm", "blip2_qformer", "byte_level_bpe"], "lavis.models.configs")
 )
 """Name of a model to the dataclass of its `model` section, torch-free."""
+_HF_TOWERS = {
+    "hf_vision": "HfVisionConfig",
+    "clip": "ClipConfig",
+    "siglip": "SiglipConfig",
+    "siglip2": "SiglipConfig",
+    "dinov2": "Dinov2Config",
+}
 TOWERS: Registry[Any] = Registry(
     "vision tower",
-    lazy={"eva_clip_g": "lavis.models.towers.eva"},
-    configs={"eva_clip_g": "lavis.models.part_configs:EvaConfig"},
+    lazy={"eva_clip_g": "lavis.models.towers.eva", "timm": "lavis.models.towers.timm_vit"}
+    | dict.fromkeys(_HF_TOWERS, "lavis.models.towers.transformers_vision"),
+    configs={
+        "eva_clip_g": "lavis.models.part_configs:EvaConfig",
+        "timm": "lavis.models.tower_configs:TimmConfig",
+        **{name: f"lavis.models.tower_configs:{config}" for name, config in _HF_TOWERS.items()},
+    },
 )
 CONNECTORS: Registry[Any] = Registry(
     "connector",
-    lazy={"qformer_linear": "lavis.models.connectors.qformer_linear"},
-    configs={"qformer_linear": "lavis.models.part_configs:QFormerLinearConfig"},
+    lazy={
+        name: f"lavis.models.connectors.{name}"
+        for name in ("qformer_linear", "linear", "mlp", "pixel_shuffle", "resampler")
+    },
+    configs={
+        "qformer_linear": "lavis.models.part_configs:QFormerLinearConfig",
+        "linear": "lavis.models.connector_configs:LinearConfig",
+        "mlp": "lavis.models.connector_configs:MlpConfig",
+        "pixel_shuffle": "lavis.models.connector_configs:PixelShuffleConfig",
+        "resampler": "lavis.models.connector_configs:ResamplerConfig",
+    },
 )
 EXPORTERS: Registry[Any] = Registry(
     "export format",
@@ -36,8 +57,10 @@ EXPORTERS: Registry[Any] = Registry(
         "pth": "lavis.export.files",
     },
 )
-HF_MODELS: Registry[Any] = Registry("transformers model type", lazy={"blip-2": "lavis.models.hf.blip2"})
-"""model_type of a transformers folder to what reads it as a Vlm: config(values, where), tensors(tensors) and
+HF_MODELS: Registry[Any] = Registry(
+    "transformers model type", lazy={"blip-2": "lavis.models.hf.blip2", "llava": "lavis.models.hf.llava"}
+)
+"""model_type of a transformers folder to what reads it as a Vlm: config(values, where), tensors(tensors, config) and
 image_token_id(values) of the values in its config.json."""
 SOURCES: Registry[Any] = Registry(
     "source of data",

@@ -16,6 +16,7 @@ from lavis.data.prepare import ALL, Share, Template, chosen, prepare
 from lavis.data.sources import FileSource
 from lavis.data.table import PreparedTable
 from lavis.tokens.caption import CaptionTemplate
+from lavis.tokens.chat_templates import chat_template_named
 from lavis.tokens.document import DocumentTemplate
 from lavis.tokens.media import MediaSpec
 from lavis.tokens.pairs import PairTemplate, PromptTemplate
@@ -64,7 +65,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise DataError(f"the tokenizer in {folder} is not a fast one: save a tokenizer.json beside it.")
     if model.chat_template:
-        tokenizer.chat_template = model.chat_template
+        tokenizer.chat_template = chat_template_named(model.chat_template)
     fast = cast("PreTrainedTokenizerFast", tokenizer)
     if tokens_per_tile(model):
         ensure_image_token(fast)

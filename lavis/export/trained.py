@@ -138,5 +138,5 @@ def export_peft(trained: Trained, folder: Path) -> list[Path]:
 
 
 def _peft_name(name: str) -> str:
-    """Name of an adapter's tensor in peft's file, which knows neither where the LLM stands here nor the adapter's name."""
+    """Name of an adapter's tensor in peft's file, which knows neither where the LLM stands here nor its adapter."""
     return "base_model.model." + name.removeprefix(LLM).replace(".default.", ".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from lavis.config.init import Init
 from lavis.core.errors import CheckpointError
+from lavis.core.paths import resolve
+from lavis.models.pretrained import tensors_of
 from lavis.weights.lavis_names import is_text_branch, own_names
 from lavis.weights.qwen1_format import with_qwen2_names
 from lavis.weights.tensors import LoadReport, check_fit
@@ -81,7 +84,8 @@ def part_of(name: str) -> str:
 
 def _readable(own: Own, source: str, tower: Tower | None) -> Own:
     """The tensors of `source` under the names that the model has for them."""
-    tensors = own_names(with_qwen2_names(read_trained(source), "llm_model.", keep=own.keys()))
+    whole = tensors_of(Path(source).expanduser()) or tensors_of(resolve(source))
+    tensors = own_names(whole or with_qwen2_names(read_trained(source), "llm_model.", keep=own.keys()))
     tensors = {_below_adapter(name, own): tensor for name, tensor in tensors.items()}
     return tensors if tower is None else tower.fit(tensors)
 

@@ -7,7 +7,7 @@ registered together with the class, or for parts of this package by name in lavi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from lavis.config.schema import NamedFile, ProcessorConfig, ProcessorPair, opt
@@ -42,6 +42,10 @@ class PartConfig:
     def trained(self) -> bool:
         """Whether anything of it is trained."""
         return self.train != "frozen"
+
+    def without_files(self) -> PartConfig:
+        """The same part where its weights come from elsewhere: what its files say of it stands in the section."""
+        return replace(self, weights=None)
 
     def problems(self, key: str) -> Iterator[str]:
         """Sentences about values that can't work together; `key` is the dotted key of the section."""

@@ -67,14 +67,14 @@ def load_model(
     """
     where = resolve(folder)
     values, shards = _read_config(where), Shards(where)
-    tensors = {name: shards.read(name) for name in shards.shapes}
     if values["model_type"] in HF_MODELS:
         stock = HF_MODELS.get(values["model_type"])
-        config, tensors = stock.config(values, str(where)), stock.tensors(tensors)
-        llm_config, image_token_id = values["text_config"], stock.image_token_id(values)
+        config, llm_config = stock.config(values, str(where)), values["text_config"]
+        image_token_id = stock.image_token_id(values)
     else:
         config = _read_section(values["model"], where)
         llm_config, image_token_id = values["llm"], values["image_token_id"]
+    tensors = _read_tensors(shards, values, where)
     dtype = llm_dtype or (torch.float32 if config.llm.train == "full" else frozen)
     model = cls(config, _llm(llm_config, tensors, where, dtype), image_token_id, all_on_meta=True)
     model.add_adapters()
@@ -87,11 +87,30 @@ def load_model(
     return model.eval()
 
 
+def tensors_of(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of a whole model in `folder`, by public names; None if it holds something else."""
+    if not (folder / CONFIG).is_file():
+        return None
+    values = read_json(folder / CONFIG)
+    return _read_tensors(Shards(folder), values, folder) if values.get("model_type") in _known_types() else None
+
+
+def _read_tensors(shards: Shards, values: Mapping[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {name: shards.read(name) for name in shards.shapes}
+    if values["model_type"] not in HF_MODELS:
+        return tensors
+    stock = HF_MODELS.get(values["model_type"])
+    return stock.tensors(tensors, stock.config(values, str(folder)))
+
+
+def _known_types() -> tuple[str, ...]:
+    return MODEL_TYPE, *_OLD_TYPES, *HF_MODELS.list()
+
+
 def _without_files(config: VlmConfig) -> VlmConfig:
     """`config` of a model that brings its weights itself; the LLM's name stays, for its tokenizer."""
     parts = {
-        name: part and replace(part, weights=None)
-        for name, part in (("tower", config.tower), ("connector", config.connector))
+        name: part and part.without_files() for name, part in (("tower", config.tower), ("connector", config.connector))
     }
     return replace(config, **parts, llm=replace(config.llm, device_map=None), released=None)
 
@@ -99,13 +118,12 @@ def _without_files(config: VlmConfig) -> VlmConfig:
 def is_text_llm(folder: Path) -> bool:
     """Whether `folder` holds a causal LM alone, as transformers saves one."""
     model_type = read_json(folder / CONFIG).get("model_type")
-    known = (MODEL_TYPE, *_OLD_TYPES, *HF_MODELS.list())
-    return model_type not in known and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return model_type not in _known_types() and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     values = read_json(folder / CONFIG)
-    if values.get("model_type") not in (MODEL_TYPE, *_OLD_TYPES, *HF_MODELS.list()):
+    if values.get("model_type") not in _known_types():
         raise CheckpointError(
             f"{folder} holds a model of type {values.get('model_type')!r}: give a folder that save_pretrained or `lavis"
             f" export hf` wrote, or one of another {' or '.join(HF_MODELS.list())} with a causal LLM."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from lavis.core.errors import DataError
 from lavis.core.types import IGNORE_INDEX, Conversation, MediaRef, MediaSpan, Message, RowError, Sample
+from lavis.tokens.chat_templates import system_of
 from lavis.tokens.layout import chat_template_of, render_template, takes_system
 from lavis.tokens.media import MediaSpec, Part
 from lavis.tokens.text_encoder import TextEncoder, digest, special_ids
@@ -47,11 +48,15 @@ class _Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class _Frame:
-    """Tokens and labels around the contents of messages of these roles, with the trims of the contents."""
+    """Tokens and labels around the contents of messages of these roles, with the trims of the contents.
+
+    before_text: tokens and labels where a text follows, which brings the space between itself and a header.
+    """
 
     roles: tuple[str, ...]
     ids: tuple[Ids, ...]
     labels: tuple[Ids, ...]
+    before_text: tuple[tuple[Ids, Ids], ...]
     trims: tuple[tuple[bool, bool], ...]
 
 
@@ -78,7 +83,8 @@ class ChatTemplate:
         "markup" also every special token of the template and the newline behind an end token, in every turn, as the
         original did.
     max_length: tokens, images included; what is longer is cut.
-    system: system message of conversations without one; none if it is empty or the template takes none.
+    system: system message of conversations without one; none if it is empty or the template takes none. None: the one
+        that the template was made for.
     """
 
     def __init__(
@@ -87,11 +93,11 @@ class ChatTemplate:
         media: MediaSpec | None,
         supervise: str = "assistant",
         max_length: int = 512,
-        system: str = "You are a helpful assistant.",
+        system: str | None = None,
     ) -> None:
         self.tokenizer, self.media, self.supervise = tokenizer, media, supervise
-        self.max_length, self.system = max_length, system
         self._template = chat_template_of(tokenizer)
+        self.max_length, self.system = max_length, system_of(self._template) if system is None else system
         self._takes_system = takes_system(tokenizer, self._template)
         self._special = special_ids(tokenizer)
         self._frames: dict[tuple[tuple[str, ...], bool], _Frame] = {}
@@ -129,6 +135,7 @@ class ChatTemplate:
     def fingerprint(self) -> str:
         """Hex digest of all that decides how a conversation is encoded."""
         settings = (self.media and self.media.key(), self.supervise, self.max_length, self.system, self._template)
+        settings += ("bare headers",) * self._begins_with_space
         return digest("chat-2", self.tokenizer, *settings)
 
     # ---- encoding
@@ -202,7 +209,9 @@ class ChatTemplate:
     def _segments(self, dialogue: _Dialogue, encoded: dict[str, list[int]]) -> list[_Segment]:
         frame, segments = dialogue.frame, []
         for i, parts in enumerate(dialogue.contents):
-            segments.append(_Segment("markup", frame.ids[i], frame.labels[i]))
+            text_follows = bool(parts) and isinstance(parts[0], str)
+            header = frame.before_text[i] if text_follows else (frame.ids[i], frame.labels[i])
+            segments.append(_Segment("markup", *header))
             for part in parts:
                 if isinstance(part, MediaRef):
                     segments.append(self._picture(part))
@@ -255,15 +264,28 @@ class ChatTemplate:
         key = (roles, generation)
         if key not in self._frames:
             layout = render_template(self.tokenizer, self._template, roles, generation=generation)
-            pieces = self.tokenizer(list(layout.texts), add_special_tokens=False, split_special_tokens=False)
-            ids = [tuple(piece) for piece in pieces["input_ids"]]
+            ids = self._markup_ids(layout.texts)
+            # "USER: " and "Hello", encoded apart, would have two spaces where every text begins with one
+            bare = self._markup_ids([t.removesuffix(" ") for t in layout.texts]) if self._begins_with_space else ids
             if roles[-1] == "assistant" and not ids[-1]:  # the template leaves the end to the end-of-sequence token
                 ids[-1] = (self.tokenizer.eos_token_id,)
-            labels = tuple(self._markup_labels(piece, before) for piece, before in zip(ids, ("", *roles), strict=True))
+            before = ("", *roles)
+            labels, bare_labels = (tuple(map(self._markup_labels, pieces, before)) for pieces in (ids, bare))
             if len(self._frames) >= _MOST_FRAMES:
                 self._frames.clear()
-            self._frames[key] = _Frame(roles, tuple(ids), labels, layout.trims)
+            self._frames[key] = _Frame(
+                roles, tuple(ids), labels, tuple(zip(bare, bare_labels, strict=True)), layout.trims
+            )
         return self._frames[key]
+
+    def _markup_ids(self, texts: Sequence[str]) -> list[Ids]:
+        pieces = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=False)
+        return [tuple(piece) for piece in pieces["input_ids"]]
+
+    @cached_property
+    def _begins_with_space(self) -> bool:
+        """Whether the tokenizer reads `word` as ` word`, as those of SentencePiece do."""
+        return len(set(self._markup_ids(["word", " word"]))) == 1
 
     def _markup_labels(self, ids: Ids, role_before: str) -> Ids:
         """Labels of what the template puts behind a content of `role_before`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis.core.errors import DownloadError
+from lavis.core.paths import resolve
 from lavis.weights.download import check_space
 
 
@@ -22,6 +23,35 @@ def cached_folder(repo: str, patterns: Sequence[str]) -> Path | None:
         return Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+MODEL_FILES = ("*.json", "*.safetensors"), ("*.json", "pytorch_model*.bin")
+"""What is fetched of a model's repository: safetensors, or pickles where it has none."""
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder `name`, or what the hub client has of the repository `name`; None for a file and what is not there."""
+    path = resolve(name)
+    if path.exists():
+        return path if path.is_dir() else None
+    if name.count("/") != 1:
+        return None
+    # a pattern that nothing was fetched for matches what is there, which is nothing
+    found = [cached_folder(name, patterns) for patterns in MODEL_FILES]
+    return next((folder for folder in found if folder and _has_weights(folder)), found[0])
+
+
+def fetch_model(name: str) -> Path:
+    """The folder of the repository `name` in the hub client's cache, downloaded. Raises DownloadError."""
+    for patterns in MODEL_FILES:
+        folder = fetch_folder(name, patterns, None)
+        if _has_weights(folder):
+            return folder
+    raise DownloadError(f"{name} on the Hugging Face hub holds no weights: no safetensors and no pytorch_model*.bin.")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
 def fetch_folder(repo: str, patterns: Sequence[str], folder: Path | None) -> Path:

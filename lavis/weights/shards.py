@@ -11,6 +11,8 @@ import torch
 
 from lavis.core.errors import CheckpointError
 from lavis.core.json_file import read_json
+from lavis.core.paths import resolve
+from lavis.weights.hub import fetch_model, local_folder
 from lavis.weights.tensors import read_tensors
 
 LAYOUTS = ("model.safetensors", "pytorch_model.bin")
@@ -75,6 +77,17 @@ class LazyTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows = self.shards.read(self.name).chunk(self.parts)[self.part][index]
         return rows.to(self.dtype or rows.dtype, copy=True)
+
+
+def read_source(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a weight file, a folder, or a model's repository on the hub, which is fetched if need be.
+
+    Relative paths: see lavis.core.paths.resolve. Raises CheckpointError or DownloadError.
+    """
+    if resolve(name).is_file():
+        return read_tensors(name)
+    shards = Shards(local_folder(name) or fetch_model(name))
+    return {tensor: shards.read(tensor) for tensor in shards.shapes}
 
 
 def _listing(folder: Path) -> dict[Path, set[str]]:

@@ -92,8 +92,15 @@ SOURCES: dict[str, Source] = {
         "4b3839ea6c617f315ead9bf4036bbb0f0cf6bf62695ecfc14968ea626af03a29",
     ),
     "bert-base-uncased": HubFolder("google-bert/bert-base-uncased", 700_000, TOKENIZER_FILES),
+    # these two repositories hold pickles alone
+    "clip-vit-large-patch14-336": HubFolder(
+        "openai/clip-vit-large-patch14-336", 1_711_000_000, ("pytorch_model.bin", *TOKENIZER_FILES)
+    ),
+    "vicuna-7b-v1.5": HubFolder("lmsys/vicuna-7b-v1.5", 13_480_000_000, ("pytorch_model*", *TOKENIZER_FILES)),
+    "vicuna-13b-v1.5": HubFolder("lmsys/vicuna-13b-v1.5", 26_030_000_000, ("pytorch_model*", *TOKENIZER_FILES)),
     "Qwen7B-chat": HubFolder("Qwen/Qwen-7B-Chat", 15_400_000_000),
     "Qwen-14B-Chat": HubFolder("Qwen/Qwen-14B-Chat", 28_300_000_000),
+    "Qwen2.5-1.5B-Instruct": HubFolder("Qwen/Qwen2.5-1.5B-Instruct", 3_090_000_000),
     "Qwen2.5-7B-Instruct": HubFolder("Qwen/Qwen2.5-7B-Instruct", 15_200_000_000),
     "Qwen2.5-14B-Instruct": HubFolder("Qwen/Qwen2.5-14B-Instruct", 29_500_000_000),
     "Qwen3-8B": HubFolder("Qwen/Qwen3-8B", 16_400_000_000),
@@ -109,11 +116,10 @@ def source_of(file: NeededFile) -> Source | None:
         return WebFile(file.url, sha256=file.sha256)
     if file.kind not in ("weights", "llm", "tokenizer"):
         return None
-    path, patterns = file.path, TOKENIZER_FILES if file.kind == "tokenizer" else LLM_FILES
-    if path is None:
-        return HubFolder(file.name, patterns=patterns)
-    source = SOURCES.get(path.name)
-    return replace(source, patterns=patterns) if isinstance(source, HubFolder) else source
+    source = HubFolder(file.name) if file.path is None else SOURCES.get(file.path.name)
+    if isinstance(source, HubFolder) and file.kind == "tokenizer":
+        return replace(source, patterns=TOKENIZER_FILES)
+    return source
 
 
 def location(file: NeededFile) -> Path | None:

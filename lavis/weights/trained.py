@@ -21,7 +21,7 @@ def read_trained(source: str | Path) -> dict[str, torch.Tensor]:
 
 def trained_file(source: str | Path) -> Path:
     """The weight file that `source` means: itself, that of a checkpoint's folder, or of a run's best checkpoint (its
-    last where none was validated).
+    last where none was validated); of a recipe's output_dir, that of the newest run in it that has one.
     """
     path = Path(source).expanduser()
     path = path if path.exists() else resolve(source)
@@ -29,12 +29,20 @@ def trained_file(source: str | Path) -> Path:
         return path.absolute()
     if (path / FILE).is_file():
         return (path / FILE).absolute()
-    found = [folder for folder in (path / "checkpoints").glob("step-*") if (folder / MARKER).is_file()]
+    found = _checkpoints(path) or _checkpoints(max(filter(_checkpoints, _folders(path)), default=path))
     if not found:
         raise CheckpointError(
             f"{source} holds no trained parts: give a run's folder, one of its checkpoints/step-N, or a weight file."
         )
     return (min(found, key=_order) / FILE).absolute()
+
+
+def _folders(path: Path) -> list[Path]:
+    return [folder for folder in path.iterdir() if folder.is_dir()]  # a run's is named by its time
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return [folder for folder in (run / "checkpoints").glob("step-*") if (folder / MARKER).is_file()]
 
 
 def _order(checkpoint: Path) -> tuple[float, int]:

@@ -44,8 +44,8 @@ def test_a_tied_head_is_saved_once(tmp_path):
 def test_what_is_no_such_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Vlm.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(CheckpointError, match="'llava'"):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    with pytest.raises(CheckpointError, match="'llava_next'"):
         Vlm.from_pretrained(tmp_path)
 
 

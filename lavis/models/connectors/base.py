@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 
 from lavis.models.part import Part
 from lavis.models.parts import ConnectorConfig
+from lavis.weights.tensors import LoadReport, load_tensors
+from lavis.weights.trained import read_trained
 
 
 class Connector(Part, ABC):
@@ -43,3 +46,19 @@ class Connector(Part, ABC):
     def forward(self, vectors_NTD: torch.Tensor) -> torch.Tensor:
         """See the class."""
         return self.project(self.encode(vectors_NTD))
+
+    def load(self, source: str) -> LoadReport:
+        """From a run, a checkpoint or a weight file that holds it; names of other parts' tensors are left out."""
+        tensors = self.own_tensors(read_trained(source))
+        heads = {name.partition(".")[0] for name in self.state_dict()}
+        return load_tensors(
+            self,
+            tensors,
+            file=source,
+            wanted=lambda name: True,
+            ignored=lambda name: name.partition(".")[0] not in heads,
+        )
+
+    def own_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A file's tensors by the connector's own names, where another program wrote it."""
+        return dict(tensors)

@@ -119,7 +119,11 @@ class Blip2Folder:
     """A folder of transformers' class, read as a Vlm."""
 
     config = staticmethod(own_config)
-    tensors = staticmethod(own_tensors)
+
+    @staticmethod
+    def tensors(tensors: Mapping[str, torch.Tensor], _: VlmConfig) -> dict[str, torch.Tensor]:
+        """By public names."""
+        return own_tensors(tensors)
 
     @staticmethod
     def image_token_id(values: Mapping[str, Any]) -> int:
