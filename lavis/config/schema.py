@@ -287,9 +287,6 @@ class RunConfig:
         at_least=1,
         resume="free",
     )
-    num_workers: int = opt(
-        4, "processes per rank that load images; 0 loads in the training process", at_least=0, resume="free"
-    )
 
     # optimisation
     lr_sched: str = opt("linear_warmup_cosine_lr_step-wise", "learning-rate schedule", registry="lr_schedule")

@@ -37,7 +37,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 def test_mappings_merge_lists_replace_and_null_overrides(folder: Path) -> None:
     own = write(folder, "own.yaml", "base: base\nrun:\n  seed: 8\n  trackers: [swanlab]\n  grad_norm_clip:\n")
     recipe = load_recipe(own)
-    assert list(recipe.datasets) == ["minigpt4_instruction", "llava_instruction"]
+    assert [entry.name for entry in recipe.data.train] == ["minigpt4_instruction", "llava_instruction"]
     assert (recipe.run.seed, recipe.run.output_dir) == (8, "out/8")
     assert (recipe.run.trackers, recipe.run.grad_norm_clip) == (["swanlab"], None)
     assert recipe.place("run.seed") == f"{own}:3"

@@ -75,7 +75,7 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
     assert f"run.num_workers ({recipe_file}:12): -1 is below the smallest allowed value, 0" in message
     assert f"run.device ({recipe_file}:13): 'gpu' is not one of: auto, cpu, cuda" in message
     assert f"run.task ({recipe_file}:14): unknown objective 'image_text_pretrian'. Did you mean" in message
-    assert "model.max_txt_length (--options): unknown key. Did you mean 'max_length'" in message
+    assert "model.max_txt_length (--options): unknown key. Did you mean 'max_txt_len'" in message
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,8 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
     [
         (["run.image_size=3"], "It belongs elsewhere: model.tower.image_size"),
         (["run.train_qfromer=full"], "Did you mean 'train_qformer'"),
-        (["model.lora_rank=3"], "unknown key. Known here: arch,"),
+        (["model.arch=causal_lm", "model.model_type=default", "model.got_lara=true"], "unknown key. Did you mean"),
+        (["model.lora_rank=3"], "Did you mean 'lora_r' or 'lora_parts'"),
         (["runs.seed=3"], "unknown section. Did you mean 'run'"),
         (["model.arch=minigpt4qwn"], "(--options): unknown model 'minigpt4qwn'. Did you mean 'minigpt4qwen'"),
         (["model.model_type=qwen7b_caht"], "no type 'qwen7b_caht'. Did you mean 'qwen7b_chat'"),
