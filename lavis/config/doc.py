@@ -27,7 +27,8 @@ INIT = """\
 ## `init`
 
 What parts start from, beside the files of their sections: a list of `{from: SOURCE, parts: [tower, connector, llm]}`.
-The source is a run's folder (its best checkpoint, else its last), a checkpoint's, or a weight file.
+The source is a run's folder (its best checkpoint, else its last), a recipe's `output_dir` (its newest run), a
+checkpoint's folder, a weight file, or the folder of a whole model (`save_pretrained`'s or LLaVA's).
 Every tensor of a named part that the source holds has to fit; the source has to hold every tensor of it that no file
 brings yet; adapters start new unless the source holds adapters of that part.
 Without `parts`: all that the source holds something of.

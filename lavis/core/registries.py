@@ -52,6 +52,7 @@ EXPORTERS: Registry[Any] = Registry(
     "export format",
     lazy={
         "blip2": "lavis.export.hf",
+        "llava": "lavis.export.llava",
         "text_llm": "lavis.export.text_llm",
         "peft": "lavis.export.files",
         "pth": "lavis.export.files",

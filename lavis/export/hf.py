@@ -1,24 +1,26 @@
-"""`lavis export hf`: a run as a folder that stock transformers opens as Blip2ForConditionalGeneration."""
+"""`lavis export hf`: a run as a folder that stock transformers opens, as Blip2ForConditionalGeneration for one."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import ClassVar, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lavis.config.init import inits
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.registries import EXPORTERS
 from lavis.data.assemble import media_processor
 from lavis.data.texts import Texts
-from lavis.export.base import Exporter, Precision, Written
-from lavis.export.hf_processor import write_processor
-from lavis.export.model_card import model_card
+from lavis.export.base import Exporter, Precision, Written, exporter_for
+from lavis.export.hf_processor import write_blip2_processor
+from lavis.export.model_card import BLIP2, About, model_card
 from lavis.export.trained import Trained
 from lavis.models.adapters import merge_lora
 from lavis.models.configs import VlmConfig
@@ -37,9 +39,58 @@ MAX_NEW_TOKENS = 512
 """Longest answer by default, as in the original's demos."""
 
 
+class StockExporter(Exporter):
+    """A folder that transformers opens: model, processor, generation settings and model card."""
+
+    about: ClassVar[About]
+
+    @abstractmethod
+    def stock_model(self, model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) -> PreTrainedModel:
+        """A model of transformers that shares the tensors of `model`, whose adapters are merged."""
+
+    @abstractmethod
+    def write_processor(self, folder: Path, template: ChatTemplate, model: Vlm) -> list[str]:
+        """Write tokenizer, chat template and image processor.
+
+        Returns the prompts that stock transformers encodes otherwise than this program, a line for each.
+        """
+
+    def write(
+        self, trained: Trained, target: Path, *, precision: Precision = "auto", max_shard_size: str = "5GB"
+    ) -> Written:
+        """See Exporter. Raises ConfigError when the folder is not empty, CheckpointError when the run's frozen weights
+        have changed since.
+        """
+        texts = open_texts(trained, target)
+        model = build(trained, texts.tokenizer, precision)
+        target.mkdir(parents=True, exist_ok=True)
+        template = cast(ChatTemplate, texts.template)  # a model that sees and answers has no other
+        self._write_model(model, template, target, max_shard_size)
+        differences = self.write_processor(target, template, model)
+        for difference in differences:
+            log.warning("stock transformers reads this prompt otherwise: %s", difference)
+        (target / "README.md").write_text(model_card(trained, differences, self.about), encoding="utf-8")
+        return Written(target, tuple(sorted(target.iterdir())), tuple(differences))
+
+    def _write_model(self, model: Vlm, template: ChatTemplate, folder: Path, max_shard_size: str) -> None:
+        _give_placeholder_a_row(model, template.pad_token_id)
+        stock = self.stock_model(model, template.stop_token_ids, template.pad_token_id)
+        settings = copy.deepcopy(model.llm_model.generation_config)
+        settings.eos_token_id, settings.pad_token_id = list(template.stop_token_ids), template.pad_token_id
+        settings.max_new_tokens = MAX_NEW_TOKENS
+        settings._from_model_config = False  # else stock generation would make it anew from the configuration
+        stock.generation_config = settings
+        stock.save_pretrained(folder, max_shard_size=max_shard_size)
+        # What stock transformers loads when asked for no type. save_pretrained wrote that of the first tensor.
+        stock.config.dtype = model.llm_model.dtype
+        stock.config.save_pretrained(folder)
+
+
 @EXPORTERS.register("blip2")
-class Blip2Exporter(Exporter):
-    """Model, processor, generation settings and model card, for Blip2ForConditionalGeneration."""
+class Blip2Exporter(StockExporter):
+    """Blip2ForConditionalGeneration."""
+
+    about = BLIP2
 
     def problem(self, config: VlmConfig) -> str | None:
         """See Exporter."""
@@ -59,26 +110,19 @@ class Blip2Exporter(Exporter):
             )
         return None
 
-    def write(self, trained: Trained, target: Path, *, precision: Precision, max_shard_size: str) -> Written:
-        """See Exporter."""
-        return export_hf(trained, target, precision=precision, max_shard_size=max_shard_size)
+    def stock_model(self, model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) -> PreTrainedModel:
+        """See StockExporter."""
+        return as_blip2(model, blip2_config(model, stop_token_ids, pad_token_id))
+
+    def write_processor(self, folder: Path, template: ChatTemplate, model: Vlm) -> list[str]:
+        """See StockExporter."""
+        return write_blip2_processor(folder, template, media_processor(model.config))
 
 
 def export_hf(trained: Trained, folder: Path, *, precision: Precision = "auto", max_shard_size: str = "5GB") -> Written:
-    """Write what Blip2Exporter says to `folder`; weights in files of at most `max_shard_size`.
-
-    Raises ConfigError when the folder is not empty, CheckpointError when the run's frozen weights have changed since.
-    """
-    texts = open_texts(trained, folder)
-    model = build(trained, texts.tokenizer, precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_model(model, texts.template, folder, max_shard_size)
-    template = cast(ChatTemplate, texts.template)  # a model that sees and answers has no other
-    differences = write_processor(folder, texts.tokenizer, template, media_processor(trained.model))
-    for difference in differences:
-        log.warning("stock transformers reads this prompt otherwise: %s", difference)
-    (folder / "README.md").write_text(model_card(trained, differences), encoding="utf-8")
-    return Written(folder, tuple(sorted(folder.iterdir())), tuple(differences))
+    """Write what the exporter of such a model writes to `folder`; weights in files of at most `max_shard_size`."""
+    exporter = exporter_for("hf", trained.model)
+    return exporter.write(trained, folder, precision=precision, max_shard_size=max_shard_size)
 
 
 def open_texts(trained: Trained, folder: Path) -> Texts:
@@ -110,21 +154,6 @@ def build(trained: Trained, tokenizer: PreTrainedTokenizerBase, precision: Preci
     load_tensors(model, tensors, file=trained.checkpoint.path, wanted=lambda name: name in tensors)
     merge_lora(model)
     return (model if precision == "auto" else model.to(DTYPES[precision])).eval()
-
-
-def _write_model(model: Vlm, template: Any, folder: Path, max_shard_size: str) -> None:
-    _give_placeholder_a_row(model, template.pad_token_id)
-    config = blip2_config(model, template.stop_token_ids, template.pad_token_id)
-    blip2 = as_blip2(model, config)
-    settings = copy.deepcopy(model.llm_model.generation_config)
-    settings.eos_token_id, settings.pad_token_id = list(template.stop_token_ids), template.pad_token_id
-    settings.max_new_tokens = MAX_NEW_TOKENS
-    settings._from_model_config = False  # else stock generation would make it anew from the configuration
-    blip2.generation_config = settings
-    blip2.save_pretrained(folder, max_shard_size=max_shard_size)
-    # What stock transformers loads when asked for no type. save_pretrained wrote that of the query tokens.
-    blip2.config.dtype = model.llm_model.dtype
-    blip2.config.save_pretrained(folder)
 
 
 def _give_placeholder_a_row(model: Vlm, like: int) -> None:

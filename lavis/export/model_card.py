@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lavis
@@ -42,22 +43,21 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: image-text-to-text
-tags: [blip-2, minigpt4qwen]
+tags: [{tags}]
 ---
 
 # {name}
 
-A vision tower (EVA ViT and Q-Former of BLIP-2), a linear layer and the chat LLM `{llm}`, trained with lavis
-{version} and exported to transformers' `Blip2ForConditionalGeneration`. Nothing of lavis is needed to use it.
+{parts} and the chat LLM `{llm}`, trained with lavis {version} and exported to transformers' `{stock}`. Nothing of lavis
+is needed to use it.
 
 ## Asking it
 
 ```python
 {snippet}```
 
-Several images may stand anywhere in a user turn, and turns may follow each other. Without any image, ask the LLM alone:
-the same call gives `inputs`, and `model.language_model.generate` takes them. `backend="pil"` makes pictures exactly
-those of the training; the default one differs by rounding. {prompts}
+Several images may stand anywhere in a user turn, and turns may follow each other.
+{alone}`backend="pil"` makes pictures exactly those of the training; the default one differs by rounding. {prompts}
 
 ## Results
 
@@ -74,9 +74,30 @@ those of the training; the default one differs by rounding. {prompts}
 """
 
 
-def model_card(trained: Trained, differences: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class About:
+    """What a card says of a class of transformers. alone: how the LLM is asked without an image, if otherwise."""
+
+    stock: str
+    tags: str
+    parts: str
+    alone: str = ""
+
+
+BLIP2 = About(
+    "Blip2ForConditionalGeneration",
+    "blip-2, minigpt4qwen",
+    "A vision tower (EVA ViT and Q-Former of BLIP-2), a linear layer",
+    "Without any image, ask the LLM alone: the same call gives `inputs`, and `model.language_model.generate` takes"
+    " them.\n",
+)
+LLAVA = About("LlavaForConditionalGeneration", "llava", "A vision tower, an MLP of two layers")
+
+
+def model_card(trained: Trained, differences: Sequence[str], about: About = BLIP2) -> str:
     """The card of `trained`; `differences` are prompts that transformers encodes otherwise."""
     return _CARD.format(
+        **asdict(about),
         name=f"{trained.run_folder.parent.name}, {trained.checkpoint.path.name}",
         llm=trained.model.llm.weights,
         version=lavis.__version__,

@@ -208,7 +208,7 @@ class Dinov2Config(SiglipConfig):
 class TimmConfig(TowerConfig):
     """A ViT of timm by its name there."""
 
-    model: str = opt("vit_base_patch16_siglip_224", "name of the model in timm")
+    model: str = opt("", "name of the model in timm, such as vit_base_patch16_siglip_224")
     weights: Optional[str] = opt(
         None, "weight file, folder or hub name (timm/vit_base_patch16_siglip_224.webli); null: random"
     )
@@ -220,7 +220,7 @@ class TimmConfig(TowerConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.image_size is None and not any(self.problems("")):
+        if self.image_size is None and not any(self.problems("")):  # as in HfVisionConfig
             self.image_size = self._dimensions().image_size
 
     def span(self) -> int:
@@ -246,6 +246,9 @@ class TimmConfig(TowerConfig):
 
     def problems(self, key: str) -> Iterator[str]:
         """See TowerConfig."""
+        if not self.model:
+            yield f"{key}.model names no ViT of timm: set it, for example to vit_base_patch16_siglip_224."
+            return
         from timm.models import is_model, list_models
 
         if not is_model(self.model):

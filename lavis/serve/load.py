@@ -15,11 +15,9 @@ from lavis.config.files import missing_of, model_files
 from lavis.config.init import Init, inits
 from lavis.config.recipe import load_model_config
 from lavis.core.errors import ChatError, CheckpointError, ConfigError
-from lavis.core.json_file import read_json
 from lavis.core.paths import resolve
 from lavis.core.registries import MODELS
 from lavis.data.assemble import load_tokenizer, media_spec
-from lavis.data.image import EvalImage
 from lavis.export.hf_processor import exported_tokenizer
 from lavis.export.trained import open_any_run
 from lavis.generation.model import ChatModel
@@ -29,6 +27,7 @@ from lavis.models.llm import DTYPES, frozen_dtype
 from lavis.models.parts import LoraSettings
 from lavis.models.pretrained import is_text_llm
 from lavis.models.vlm import Vlm
+from lavis.tokens.chat_templates import chat_template_named
 from lavis.weights.tensors import load_tensors, read_tensors
 
 log = logging.getLogger(__name__)
@@ -115,17 +114,9 @@ def _of_export(folder: Path, device: torch.device, dtype: torch.dtype, device_ma
         model.place_llm(device_map, device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = exported_tokenizer(folder) if has_tokenizer else load_tokenizer(model.config)
-    return _ready(folder.name, model, tokenizer, device, _exported_processor(folder))
-
-
-def _exported_processor(folder: Path) -> EvalImage | None:
-    """As `lavis export hf` wrote it; None for a folder of save_pretrained, whose model section says it."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            values = read_json(folder / name)
-            values = values.get("image_processor", values)
-            return EvalImage(values["size"]["height"], tuple(values["image_mean"]), tuple(values["image_std"]))
-    return None
+    if model.config.chat_template:
+        tokenizer.chat_template = chat_template_named(model.config.chat_template)
+    return _ready(folder.name, model, tokenizer, device)
 
 
 def _of_type(
@@ -189,13 +180,8 @@ def _peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return adapters | (read_tensors(rest) if rest.is_file() else {})
 
 
-def _ready(
-    name: str, model: Vlm, tokenizer: Any, device: torch.device, processor: EvalImage | None = None
-) -> ChatModel:
+def _ready(name: str, model: Vlm, tokenizer: Any, device: torch.device) -> ChatModel:
     if not model.config.llm.quantization:
         merge_lora(model)
     model.requires_grad_(False)
-    media = media_spec(model.config)
-    if media is not None and processor is not None:
-        media = replace(media, processor=processor)
-    return ChatModel(name, model.to(device).eval(), tokenizer, media, device)
+    return ChatModel(name, model.to(device).eval(), tokenizer, media_spec(model.config), device)

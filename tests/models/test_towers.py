@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from lavis.config.recipe import recipe_from_dict
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.registries import TOWERS
 from lavis.models.tower_configs import ClipConfig, Dinov2Config, HfVisionConfig, SiglipConfig, TimmConfig
@@ -378,6 +379,22 @@ def test_a_timm_section_is_checked():
     with pytest.raises(ConfigError, match="no ViT"):
         TimmConfig(model="resnet18").span()
     assert TimmConfig(model="vit_tiny_patch16_224").with_depth(2).blocks() == 2
+    assert "names no ViT" in next(TimmConfig().problems("model.tower"))
+
+
+def test_the_picture_size_of_a_section_is_that_of_its_model(tmp_path):
+    """Not that of the schema's defaults, which a recipe's layers lie above."""
+    whole("CLIP").save_pretrained(tmp_path)
+    sections = {
+        384: {"name": "timm", "model": "vit_base_patch16_siglip_384"},
+        256: {"name": "timm", "model": "vit_base_patch16_siglip_384", "image_size": 256},
+        56: {"name": "clip", "weights": str(tmp_path)},
+    }
+    for size, tower in sections.items():
+        section = {"tower": tower, "connector": {"name": "mlp"}, "llm": {"weights": "somewhere"}}
+        model = recipe_from_dict({"model": section, "data": {}, "run": {}}).model
+        assert model.tower.image_size == size
+        assert model.tokens_per_tile == (size // (14 if size == 56 else 16)) ** 2
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])

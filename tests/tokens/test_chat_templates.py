@@ -1,5 +1,7 @@
 """Templates by name, and tokenizers that begin every text with a space."""
 
+import string
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -15,19 +17,25 @@ VICUNA = CHAT_TEMPLATES["vicuna"]
 TEXTS = ("What is this? It is a red circle.\n", "USER: ASSISTANT: What colour is it? Red. Blue.")
 
 
-@pytest.fixture(scope="module")
-def vicuna():
-    """A tokenizer of Llama's kind (SentencePiece BPE: a space is part of the word it precedes) with Vicuna's template."""
+def vicuna_tokenizer(image_token="<image>"):
+    """A tokenizer of Llama's kind, where a space is part of the word it precedes, with Vicuna's template."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>", "<image>"])
+    alphabet = [*string.printable, *"和图里有什么？两个圆形。"]
+    special = ["<unk>", "<s>", "</s>", *filter(None, [image_token])]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     backend.train_from_iterator([*TEXTS, VICUNA.system] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
     tokenizer.chat_template = chat_template_named("vicuna")
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def vicuna():
+    return vicuna_tokenizer()
 
 
 def conversation(*turns):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 from lavis.core.errors import CheckpointError
 from lavis.core.registries import HF_MODELS
 from lavis.models.configs import VlmConfig
+from lavis.models.hf.pictures import media_of
 from lavis.models.part_configs import EvaConfig, QFormerConfig, QFormerLinearConfig
 from lavis.models.parts import LlmConfig
 from lavis.weights.blip2_names import blip2_tensors, own_tensors
@@ -111,6 +113,7 @@ def own_config(values: Mapping[str, Any], where: str) -> VlmConfig:
             ),
         ),
         llm=LlmConfig(weights=where),
+        media=media_of(Path(where), "minigpt4qwen"),
     )
 
 

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lavis.core.errors import CheckpointError
-from lavis.core.json_file import read_json
 from lavis.core.registries import HF_MODELS, TOWERS
 from lavis.models.configs import VlmConfig
 from lavis.models.connector_configs import MlpConfig
-from lavis.models.parts import LlmConfig, MediaConfig
+from lavis.models.hf.pictures import media_of
+from lavis.models.parts import LlmConfig
 from lavis.models.tower_configs import FAMILIES, HfVisionConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _NAMES = (
     (r"^(?:language_model\.model|model\.language_model)\.", "llm_model.model."),
     (r"^(?:language_model\.)?lm_head\.", "llm_model.lm_head."),
 )
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _TOWER = re.compile(r"^(?:model\.)?vision_tower\.")
 
 
@@ -98,9 +99,10 @@ def own_config(values: Mapping[str, Any], where: str) -> VlmConfig:
         tower=tower,
         connector=MlpConfig(name="mlp"),
         llm=LlmConfig(config=text, tokenizer=where),
-        media=_media(Path(where)),
+        # LLaVA was trained and evaluated on padded pictures, whatever the processors on the hub say
+        media=media_of(Path(where), "llava", cropped="pad"),
         max_length=min(_MOST_TOKENS, text.get("max_position_embeddings", _MOST_TOKENS)),
-        chat_template=None if _has_template(Path(where)) else "vicuna",
+        chat_template=_chat_template(Path(where)),
     )
 
 
@@ -139,19 +141,25 @@ def _stock_config(model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) 
     text.name_or_path = ""  # a folder of this machine
     vars(text).pop("quantization_config", None)  # of the file it was read from; the weights are whole here
     text.eos_token_id, text.pad_token_id = list(stop_token_ids), pad_token_id
-    tower: Any = model.config.tower
+    assert model.visual_encoder is not None
     vision = copy.deepcopy(model.visual_encoder.model.config)
     vision.name_or_path = ""
-    drops = tower.class_token == "drop" and _prefix(tower) == 1
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=model.image_token_id,
         image_seq_length=model.config.tokens_per_tile,
         vision_feature_layer=-1,  # the tower ends there
-        vision_feature_select_strategy="default" if drops else "full",
+        vision_feature_select_strategy=selection(model.config)[0],
         tie_word_embeddings=text.tie_word_embeddings,
     )
+
+
+def selection(config: VlmConfig) -> tuple[str, int]:
+    """LLaVA's vision_feature_select_strategy, and how many vectors of the tower stand for no patch."""
+    tower: Any = config.tower
+    prefix = _prefix(tower)
+    return "default" if tower.class_token == "drop" and prefix == 1 else "full", prefix
 
 
 def _prefix(tower: HfVisionConfig) -> int:
@@ -172,21 +180,12 @@ def _share(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     module.load_state_dict(tensors, assign=True)
 
 
-def _media(folder: Path) -> MediaConfig:
-    """As the image processor says, but the hub's central crop: LLaVA was trained and evaluated on padded pictures."""
-    file = folder / "preprocessor_config.json"
-    values = read_json(file) if file.is_file() else {}
-    stretches = "height" in values.get("size", {}) and not values.get("do_pad")
-    return MediaConfig(
-        format="llava",
-        resize="square" if stretches else "pad",
-        mean=values.get("image_mean"),
-        std=values.get("image_std"),
-    )
-
-
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(read_json(file).get("chat_template"))
+def _chat_template(folder: Path) -> str | None:
+    """Name of the template of a folder whose own one is missing, or takes contents in parts, as transformers' do."""
+    found = [path.read_text(encoding="utf-8") for path in map(folder.joinpath, _TEMPLATES) if path.is_file()]
+    text = "".join(found)
+    if "lavis export hf" in text:
+        return None
+    if not text or "ASSISTANT:" in text:
+        return "vicuna"
+    return "chatml" if "<|im_start|>" in text else None
