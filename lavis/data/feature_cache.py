@@ -30,8 +30,8 @@ class ImageEncoder(Protocol):
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[T, 3, S, S] -> [T, Q, D]."""
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """As nn.Module's."""
+    def encoder_tensors(self) -> dict[str, torch.Tensor]:
+        """What `encode_images` uses, by name."""
 
     def train(self, mode: bool = True) -> object:
         """As nn.Module's."""

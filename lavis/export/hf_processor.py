@@ -103,7 +103,7 @@ def write_processor(
     tokenizer.save_pretrained(folder)
     token = cast(str, tokenizer.convert_ids_to_tokens(template.image_token_id))
     # image_token keeps a processor from adding a token of its own; generation wants its padding on the left.
-    saved = AutoTokenizer.from_pretrained(folder, image_token=token, padding_side="left")
+    saved: Any = AutoTokenizer.from_pretrained(folder, image_token=token, padding_side="left")
     saved.pad_token = tokenizer.convert_ids_to_tokens(template.pad_token_id)
     processor = processor_of(saved)
     saved.chat_template, differences = _fitting_template(processor, template, token, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedModel
 
@@ -45,10 +46,11 @@ class LlavaExporter(StockExporter):
             image_std=list(image.std),
         )
         strategy, prefix = selection(model.config)
+        tower: Any = model.visual_encoder
         processor = partial(
             LlavaProcessor,
             pictures,
-            patch_size=model.visual_encoder.model.config.patch_size,
+            patch_size=tower.model.config.patch_size,
             vision_feature_select_strategy=strategy,
             num_additional_image_tokens=prefix,
             image_token=template.tokenizer.convert_ids_to_tokens(template.image_token_id),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -123,13 +123,13 @@ def export_peft(trained: Trained, folder: Path) -> list[Path]:
         task_type="CAUSAL_LM",
         base_model_name_or_path=llm.weights,
         r=llm.lora.rank,
-        lora_alpha=llm.lora.alpha,
+        lora_alpha=cast(int, llm.lora.alpha),  # any number will do
         lora_dropout=llm.lora.dropout,
         target_modules=sorted({name.split(".")[-3] for name in adapters}),
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     rest = {name: t for name, t in tensors.items() if not name.startswith(LLM)}
     if rest or trained.model.sees:

@@ -261,7 +261,7 @@ class TimmConfig(TowerConfig):
             yield NamedFile(f"{key}.weights", _kind(self.weights), self.weights)
 
     def _dimensions(self) -> Any:
-        from lavis.models.towers.timm_vit import dimensions
+        from lavis.models.towers.timm_sizes import dimensions
 
         return dimensions(self.model, self.image_size)
 

@@ -6,8 +6,6 @@ section 3. Negatives come from the micro-batch.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +13,6 @@ from lavis.core.output import LossOutput
 from lavis.core.registries import OBJECTIVES
 from lavis.core.types import IGNORE_INDEX, Batch
 from lavis.models.blip2_qformer import Blip2QFormer
-from lavis.models.configs import Blip2QFormerStage1Config
 from lavis.objectives.base import Objective
 
 
@@ -39,7 +36,7 @@ class Blip2Stage1(Objective):
         similarity = scorer.similarity(ids, queries)
         itc = contrastive(similarity)
         itm = matching(scorer, ids, hidden, similarity)
-        c = cast(Blip2QFormerStage1Config, scorer.config)
+        c = scorer.config
         loss = c.itc_weight * itc + c.itm_weight * itm + c.itg_weight * itg
         parts = dict(zip(self.parts, (itc, itm, itg), strict=True))
         return LossOutput(loss * n, n, {k: v.detach() * n for k, v in parts.items()})

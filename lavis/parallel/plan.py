@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import psutil
 import torch
@@ -182,10 +183,10 @@ class Planner:
         samples: int | None = None,
         ranks: int = 1,
     ) -> None:
-        config, run, data = recipe.model, recipe.run, recipe.data
-        if not config.splits:
-            raise ConfigError(f"model.arch {config.arch}: plans are made for models with an LLM alone.")
-        self.config: VlmConfig = config
+        run, data = recipe.run, recipe.data
+        if not recipe.model.splits:
+            raise ConfigError(f"model.arch {recipe.model.arch}: plans are made for models with an LLM alone.")
+        self.config = config = cast(VlmConfig, recipe.model)
         self.run, self.data, self.machine = run, data, machine
         self.llm_config = planned_llm(config)
         self._footprints = functools.cache(self._make_footprints)  # of this instance, and gone with it

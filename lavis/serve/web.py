@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,31 +15,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavis.core.errors import ChatError, ConfigError
 from lavis.generation.engine import Engine
 from lavis.generation.pictures import MAX_BYTES, SUFFIXES
 from lavis.generation.settings import LIMITS
+from lavis.serve.web_frame import HereOnly, theme
 from lavis.serve.web_tab import Tab
 from lavis.serve.web_text import EXAMPLES, LANGUAGES, text
 
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent.parent / "assets"
-FONTS = ("system-ui", "Segoe UI", "Noto Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 LATEX = [("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False)]
 SECONDS_PER_UPDATE = 0.05
 """Pieces of an answer that come sooner are shown together."""
 KEEP_UPLOADS = 7 * 24 * 3600
-POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-src 'none'; object-src 'none'; form-action"
-    " 'self'"
-)
-FETCHED = re.compile(r"/(file[=/]\s*[a-z]+:|proxy=)", re.IGNORECASE)
 
 FIND_LANGUAGE = """(state, language) => {
   const chosen = localStorage.getItem("lavis-language") || FIXED || (navigator.language.startsWith("zh") ? "zh" : "en");
@@ -91,7 +82,7 @@ def serve_page(
             max_threads=max(40, engine.max_batch + 16),
             state_session_capacity=1000,
             app_kwargs={
-                "middleware": [Middleware(_HereOnly)],
+                "middleware": [Middleware(HereOnly)],
                 "docs_url": None,
                 "redoc_url": None,
                 "openapi_url": None,
@@ -104,7 +95,7 @@ def serve_page(
             pwa=False,
             quiet=True,
             prevent_thread_lock=True,
-            theme=_theme(),
+            theme=theme(),
             css_paths=ASSETS / "chat" / "web.css",
             head=_with_language(GRADIO_LANGUAGE, lang),
         )
@@ -114,38 +105,6 @@ def serve_page(
     if block:
         page.block_thread()
     return page
-
-
-def _theme() -> gr.themes.Base:
-    """Light or dark as the browser's system is."""
-    theme = gr.themes.Default(
-        primary_hue="indigo",
-        neutral_hue="slate",
-        radius_size="lg",
-        font=FONTS,
-        font_mono=("ui-monospace", "Consolas", "monospace"),
-    )
-    return theme.set(checkbox_border_color="*neutral_400", checkbox_border_color_dark="*neutral_500")
-
-
-class _HereOnly:
-    """Refuse what Gradio would fetch from elsewhere for whoever asks, and let no answer make a browser do so, such as
-    through an image's address.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
-            await send(message)
-
-        if scope["type"] == "http" and FETCHED.search(scope["path"]):
-            await PlainTextResponse("not served here", 403)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send_with_policy)
 
 
 class _Page:

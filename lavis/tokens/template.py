@@ -135,8 +135,8 @@ class ChatTemplate:
     def fingerprint(self) -> str:
         """Hex digest of all that decides how a conversation is encoded."""
         settings = (self.media and self.media.key(), self.supervise, self.max_length, self.system, self._template)
-        settings += ("bare headers",) * self._begins_with_space
-        return digest("chat-2", self.tokenizer, *settings)
+        bare = ("bare headers",) * self._begins_with_space
+        return digest("chat-2", self.tokenizer, *settings, *bare)
 
     # ---- encoding
 

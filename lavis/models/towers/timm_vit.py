@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import timm
 import torch
 from torch import nn
 
-from lavis.core.errors import ConfigError
 from lavis.core.registries import TOWERS
 from lavis.models.tower_configs import TimmConfig
 from lavis.models.towers.base import Tower
+from lavis.models.towers.timm_sizes import create
 from lavis.weights.shards import read_source
 from lavis.weights.tensors import LoadReport, load_tensors
 
 PUBLIC = "visual_encoder."
 """What begins a tower's names in checkpoints."""
-
-
-class Dimensions(NamedTuple):
-    """Sizes of a ViT; `prefix`: class token and registers, `patches`: vectors of a picture without them."""
-
-    width: int
-    depth: int
-    image_size: int
-    patches: int
-    prefix: int
 
 
 @TOWERS.register("timm")
@@ -42,7 +30,7 @@ class TimmVit(Tower):
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = _create(config.model, config.image_size)
+        self.model = create(config.model, config.image_size)
         self.model.prune_intermediate_layers([config.blocks() - 1], prune_norm=not config.final_norm, prune_head=True)
         self.model.set_grad_checkpointing(config.recompute and config.train != "frozen")
 
@@ -87,7 +75,7 @@ class TimmVit(Tower):
         missing = {name for name, buffer in self.model.named_buffers() if buffer.is_meta}
         if missing:
             with torch.device("cpu"):
-                values = dict(_create(self.config.model, self.config.image_size, depth=1).named_buffers())
+                values = dict(create(self.config.model, self.config.image_size, depth=1).named_buffers())
             for name in missing:
                 module, _, last = name.rpartition(".")
                 value = values[re.sub(r"^blocks\.\d+\.", "blocks.0.", name)]
@@ -119,29 +107,6 @@ class TimmVit(Tower):
         if block:
             return int(block[1]) >= len(self.model.blocks)
         return name.startswith(("norm.", "fc_norm.", "head", "attn_pool.", "pre_logits."))
-
-
-@functools.lru_cache(maxsize=32)
-def dimensions(model: str, image_size: int | None) -> Dimensions:
-    """Sizes of timm's `model` for pictures of `image_size` (None: its own). Raises ConfigError if it is no such ViT."""
-    with torch.device("meta"):
-        vit = _create(model, image_size)
-    height, width = vit.patch_embed.grid_size
-    size = vit.patch_embed.img_size[0]
-    return Dimensions(vit.embed_dim, len(vit.blocks), size, height * width, vit.num_prefix_tokens)
-
-
-def _create(model: str, image_size: int | None, **settings: Any) -> nn.Module:
-    size = {} if image_size is None else {"img_size": image_size}
-    try:
-        vit = timm.create_model(model, num_classes=0, **size, **settings)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.tower: timm cannot make {model!r} at {image_size} pixels: {error}") from error
-    if not all(hasattr(vit, part) for part in ("blocks", "patch_embed", "num_prefix_tokens", "forward_intermediates")):
-        raise ConfigError(
-            f"model.tower: {model!r} of timm is no ViT (a {type(vit).__name__}): choose a vit_*, eva* or beit*."
-        )
-    return vit
 
 
 def _filtered(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
