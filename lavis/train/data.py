@@ -61,10 +61,8 @@ class RunData:
             self._open_loader()
 
     def _images_for(self, with_images: bool, training: bool) -> ImageSource:
-        sees = hasattr(self.recipe.model, "media")
-        return (
-            ImageFolder(media_processor(self.recipe.model, training=training)) if with_images and sees else NoImages()
-        )
+        model = self.recipe.model
+        return ImageFolder(media_processor(model, training=training)) if with_images and model.sees else NoImages()
 
     @property
     def num_train_samples(self) -> int:

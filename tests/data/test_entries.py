@@ -281,7 +281,7 @@ def test_the_older_form_means_the_same(cache: Path) -> None:
             [f"datasets.{n}_instruction.vis_processor.eval.mean=[{m},0,0]" for n, m in (("llava", 0), ("minigpt4", 1))],
             "differs from datasets.llava_instruction.vis_processor.eval.mean",
         ),
-        (["datasets.llava_instruction.vis_processor.train.image_size=64"], "is 64 but model.image_size is 224"),
+        (["datasets.llava_instruction.vis_processor.train.image_size=64"], "is 64 but model.tower.image_size is 224"),
         (["datasets.instruction.format=llava"], "stands beside data, which has no entry 'instruction'"),
         (["datasets.llava_instruction.supervise=all"], "'all' is not one of: assistant, markup"),
     ],
