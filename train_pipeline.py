@@ -8,4 +8,4 @@ from lavis.cli import main
 
 if __name__ == "__main__":  # data workers import this file again
     given = sys.argv[1:]
-    sys.exit(main(["train", *given, "--options", "run.runner=pipeline_runner"]))
+    sys.exit(main(["train", *given, "--options", "parallel.strategy=pipeline"]))

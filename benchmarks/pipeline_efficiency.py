@@ -67,10 +67,10 @@ def main() -> None:
         torch.manual_seed(0)
         recipe = write_recipe(Path(name), "bench")
         for m in args.micro_batches:
-            steps = ["run.max_steps=4", "run.warmup_steps=0"]
-            work = step_seconds(recipe, *steps, f"run.accum_grad_iters={m}") / m
+            steps = ["train.max_steps=4", "optim.warmup_steps=0"]
+            work = step_seconds(recipe, *steps, f"train.accumulation={m}") / m
             pipeline = step_seconds(
-                recipe, *steps, f"run.accum_grad_iters={m}", "run.runner=pipeline_runner", f"run.num_stages={STAGES}"
+                recipe, *steps, f"train.accumulation={m}", "parallel.strategy=pipeline", f"parallel.num_stages={STAGES}"
             )
             ideal = m / (m + STAGES - 1)
             reached = m * work / STAGES / pipeline

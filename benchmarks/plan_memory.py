@@ -36,16 +36,16 @@ SIZES = {"small": (768, 2048, 12, 1024), "medium": (1280, 3456, 14, 1536), "larg
 LAYOUTS: dict[str, tuple[Layout, bool, list[str]]] = {
     "one rank": (Layout(1), False, []),
     "one rank, recomputing": (Layout(1), True, []),
-    "pipeline of 2": (Layout(2, 2), False, ["run.runner=pipeline_runner", "run.num_stages=2"]),
+    "pipeline of 2": (Layout(2, 2), False, ["parallel.strategy=pipeline", "parallel.num_stages=2"]),
     "ZeRO-2 on 2": (
         Layout(2, zero=2),
         False,
-        ["run.runner=deepspeed_runner", "run.deepspeed_config.zero_optimization.stage=2"],
+        ["parallel.strategy=zero", "parallel.deepspeed.zero_optimization.stage=2"],
     ),
     "ZeRO-3 on 2": (
         Layout(2, zero=3),
         False,
-        ["run.runner=deepspeed_runner", "run.deepspeed_config.zero_optimization.stage=3"],
+        ["parallel.strategy=zero", "parallel.deepspeed.zero_optimization.stage=3"],
     ),
 }
 CHILD = """

@@ -60,7 +60,7 @@ def test_recipes_and_saved_configurations_are_read(kept, name):
 
 def test_keys_of_a_recipe_keep_their_meaning(kept):
     recipe = load_recipe("recipes/lora.yaml")
-    model, run = recipe.model, recipe.run
+    model = recipe.model
     tower, connector, llm = model.tower, model.connector, model.llm
     assert (tower.name, connector.name, llm.weights, tower.embed_dim, connector.qformer.hidden_size) == (
         "eva_clip_g",
@@ -76,9 +76,20 @@ def test_keys_of_a_recipe_keep_their_meaning(kept):
     assert [entry.name for entry in recipe.data.train] == ["minigpt4_instruction", "llava_instruction"]
     first = recipe.data.train[0]
     assert first.path == ["data/train.json"] and first.images == "data/pictures"
-    assert (run.init_lr, run.warmup_steps, run.beta2, run.max_steps, run.accum_grad_iters) == (1e-2, 2, 0.98, 6, 2)
+    assert (
+        recipe.optim.lr,
+        recipe.optim.warmup_steps,
+        recipe.optim.beta2,
+        recipe.train.max_steps,
+        recipe.train.accumulation,
+    ) == (1e-2, 2, 0.98, 6, 2)
     assert [entry.weight for entry in recipe.data.train] == [3, 1]
-    assert (run.eval_freq, run.save_freq, run.seed, run.output_dir) == (3, 3, 7, "output/lora")
+    assert (recipe.eval.every, recipe.checkpoint.every, recipe.run.seed, recipe.run.output_dir) == (
+        3,
+        3,
+        7,
+        "output/lora",
+    )
 
 
 def ask(chat, engine, question, pictures):
@@ -154,7 +165,7 @@ def test_a_finished_run_is_not_gone_on_with_but_trained_further_on_demand(kept):
     shutil.copytree(kept / "runs/projection", run)
     before = metrics(run)[0]
     assert (
-        main(["train", "--cfg-path", "recipes/projection.yaml", "--options", f"run.resume={run}", "run.max_steps=4"])
+        main(["train", "--cfg-path", "recipes/projection.yaml", "--options", f"run.resume={run}", "train.max_steps=4"])
         == 0
     )
     after = metrics(run)[0]

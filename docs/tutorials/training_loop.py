@@ -20,20 +20,19 @@ from lavis.train.schedules import horizon, learning_rate
 
 STEPS = 5
 OPTIONS = [
-    f"run.max_steps={STEPS}", "run.warmup_steps=2", "run.cache_features=false", "run.evaluate_before=false",
-    "run.evaluate_blind=false", "run.test_splits=[]", "run.valid_splits=[]", "run.log_freq=1",
-    "run.trackers=[]", "datasets.shapes_instruction.generate.train=300",
+    f"train.max_steps={STEPS}", "optim.warmup_steps=2", "run.cache_features=false", "eval.before=false",
+    "eval.blind=false", "run.test_splits=[]", "run.valid_splits=[]", "log.every=1",
+    "log.trackers=[]", "datasets.shapes_instruction.generate.train=300",
 ]  # fmt: skip
 
 
 def by_hand() -> list[float]:
     recipe = load_recipe("shapes/align", OPTIONS)  # YAML and options, merged, typed and checked
-    run = recipe.run
-    torch.manual_seed(run.seed)  # of the new linear layer
-    with world(run.device) as ranks:  # one process here; under torchrun the same lines see several
+    torch.manual_seed(recipe.run.seed)  # of the new linear layer
+    with world(recipe.run.device) as ranks:  # one process here; under torchrun the same lines see several
         texts = Texts.of(recipe)  # tokenizer and chat template
         data = RunData(recipe, texts, ranks)  # prepared tables, and the plan of which samples make which step
-        span = horizon(run, data.plan.steps_per_epoch)
+        span = horizon(recipe.optim, recipe.train, data.plan.steps_per_epoch)
         model = whole_model(recipe, texts.tokenizer, ranks.device).to(ranks.device)  # all frozen but llm_proj
         learner = Learner(model, NextToken(), ranks).train()  # the model and the loss it is trained with
         strategy = DataParallel(learner, recipe, Ranks(ranks, ranks), accumulation=data.plan.accum)
@@ -41,7 +40,7 @@ def by_hand() -> list[float]:
         for step, batches in enumerate(data.loader.steps(epoch=0)):
             if step == STEPS:
                 break
-            rate = learning_rate(run, span, step)
+            rate = learning_rate(recipe.optim, span, step)
             # forward and backward of each micro-batch, sum over ranks, clip, update
             result = strategy.step(batches, rate, step + 1)
             losses.append(result.loss)

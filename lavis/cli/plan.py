@@ -130,8 +130,8 @@ def _report(
         if best.batch.rows > 1 and not planner.data.packing:
             total = best.batch.rows * best.batch.tokens
             lines.append(
-                f"  Samples of unlike lengths: data.packing=true data.pack_length={total} run.batch_size_train=1 takes"
-                " as much memory and pads less."
+                f"  Samples of unlike lengths: data.packing=true data.pack_length={total} train.micro_batch_size=1"
+                " takes as much memory and pads less."
             )
     if machine.device == "cpu":
         lines.append(
@@ -178,9 +178,9 @@ def _command(args: argparse.Namespace, plan: Plan) -> str:
     layout = plan.layout
     script = "train_pipeline.py" if layout.stages > 1 else "train.py"
     flags = f" --num-stages {layout.stages}" if layout.stages > 1 else " --use-deepspeed" if layout.zero else ""
-    options = [*args.options, f"run.batch_size_train={plan.batch.rows}", f"run.accum_grad_iters={plan.micro_batches}"]
+    options = [*args.options, f"train.micro_batch_size={plan.batch.rows}", f"train.accumulation={plan.micro_batches}"]
     options.append(f"model.llm.recompute={str(plan.recompute).lower()}")
-    options += [f"run.deepspeed_config.zero_optimization.stage={layout.zero}"] if layout.zero else []
+    options += [f"parallel.deepspeed.zero_optimization.stage={layout.zero}"] if layout.zero else []
     launcher = f"python -m torch.distributed.run --nproc_per_node={layout.ranks}" if layout.ranks > 1 else "python"
     return f"{launcher} {script} --cfg-path {args.recipe}{flags} --options {shlex.join(options)}"
 

@@ -12,10 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-stages",
         type=int,
         metavar="N",
-        help="train over a pipeline of N stages: short for --options run.runner=pipeline_runner run.num_stages=N",
+        help="train over a pipeline of N stages: short for --options parallel.strategy=pipeline parallel.num_stages=N",
     )
     parser.add_argument("--llm-grad-ckpt", action="store_true", help="short for --options model.llm.recompute=true")
-    parser.add_argument("--use-deepspeed", action="store_true", help="short for --options run.runner=deepspeed_runner")
+    parser.add_argument("--use-deepspeed", action="store_true", help="short for --options parallel.strategy=zero")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
     from lavis.core.logging import setup_logging
 
     setup_logging()
-    options = [*args.options, *(["run.runner=deepspeed_runner"] if args.use_deepspeed else [])]
+    options = [*args.options, *(["parallel.strategy=zero"] if args.use_deepspeed else [])]
     options += (
-        ["run.runner=pipeline_runner", f"run.num_stages={args.num_stages}"] if args.num_stages is not None else []
+        ["parallel.strategy=pipeline", f"parallel.num_stages={args.num_stages}"] if args.num_stages is not None else []
     )
     options += ["model.llm.recompute=true"] if args.llm_grad_ckpt else []
     recipe = load_recipe(named_recipe(args), options)

@@ -11,7 +11,7 @@ from lavis.core.errors import did_you_mean
 from lavis.core.registries import DIALECTS
 
 if TYPE_CHECKING:
-    from lavis.config.recipe import Recipe
+    from lavis.config.resolved import Recipe
 
 RANDOM_PROCESSORS = frozenset({"blip2_image_train"})
 """Image processors that give another tensor each time (random crops)."""
@@ -19,12 +19,12 @@ RANDOM_PROCESSORS = frozenset({"blip2_image_train"})
 
 def sections(recipe: Recipe) -> Iterator[str]:
     """Something to train on, or to evaluate on."""
-    run, data = recipe.run, recipe.data
-    if not run.evaluate and not data.train:
+    data = recipe.data
+    if not recipe.run.evaluate and not data.train:
         yield "data.train is empty: list what to train on, or set run.evaluate=true."
-    if run.evaluate and not (data.test or data.valid):
+    if recipe.run.evaluate and not (data.test or data.valid):
         yield "run.evaluate is true but there is nothing to evaluate on: list it under data.test or data.valid."
-    if run.evaluate and any(e.fraction is not None for e in [*data.test, *data.valid]) and not data.train:
+    if recipe.run.evaluate and any(e.fraction is not None for e in [*data.test, *data.valid]) and not data.train:
         yield "data.test takes a fraction of data.train, which is empty: list the entries it is a fraction of."
 
 

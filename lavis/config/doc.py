@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lavis.config.schema import DataConfig, DataEntry, RunConfig, SamplePrompt
+from lavis.config.resolved import SECTIONS
+from lavis.config.schema import DataEntry
+from lavis.config.sections import SamplePrompt
 from lavis.config.typed import field_types, type_name
 from lavis.core.registries import CONNECTORS, MODEL_CONFIGS, TOWERS
 
@@ -35,6 +37,10 @@ Without `parts`: all that the source holds something of.
 """
 
 
+_OWN_PLACE = ("model", "init", "data")
+"""Sections that are described before the others."""
+
+
 def recipes_markdown() -> str:
     """The whole page."""
     parts = [INTRO]
@@ -46,10 +52,10 @@ def recipes_markdown() -> str:
             cls = registry.config(name)
             parts.append(_section(f"`model.{section}` with `name: {name}`", cls, cls()))
     parts.append(INIT)
-    parts.append(_section("`data`", DataConfig, DataConfig()))
+    parts.append(_section("`data`", SECTIONS["data"], SECTIONS["data"]()))
     parts.append(_section("each of `data.train`, `data.valid`, `data.test`", DataEntry, DataEntry()))
-    parts.append(_section("`run`", RunConfig, RunConfig()))
-    parts.append(_section("each of `run.sample_prompts`", SamplePrompt, SamplePrompt()))
+    parts += [_section(f"`{name}`", cls, cls()) for name, cls in SECTIONS.items() if name not in _OWN_PLACE]
+    parts.append(_section("each of `eval.prompts`", SamplePrompt, SamplePrompt()))
     return "\n".join(parts)
 
 
@@ -76,6 +82,4 @@ def _meaning(field: dataclasses.Field[Any]) -> str:
         text += "; one of " + ", ".join(f"`{json.dumps(c).strip(chr(34))}`" for c in field.metadata["choices"])
     if field.metadata["at_least"] is not None:
         text += f"; at least {field.metadata['at_least']:g}"
-    if field.metadata["unused"]:
-        text += f" (accepted, has no effect: {field.metadata['unused']})"
     return text.replace("|", "\\|")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from lavis.core.paths import resolve
 
 if TYPE_CHECKING:
-    from lavis.config.recipe import Recipe
+    from lavis.config.resolved import Recipe
     from lavis.config.schema import DataEntry, ModelConfig
 
 Kind = Literal["weights", "llm", "tokenizer", "annotations", "images", "checkpoint"]
@@ -62,8 +62,9 @@ def needed_files(recipe: Recipe) -> list[NeededFile]:
         if (file.kind, file.name) not in seen:  # entries may share a file or an image folder
             seen.add((file.kind, file.name))
             files.append(file)
-    resume = {key: getattr(recipe.run, key) for key in ("resume_ckpt_path", "resume_ckpt_load_dir")}
-    return [*files, *(NeededFile(f"run.{key}", "checkpoint", path) for key, path in resume.items() if path)]
+    if recipe.run.resume not in ("never", "auto"):
+        files.append(NeededFile("run.resume", "checkpoint", recipe.run.resume))
+    return files
 
 
 def missing_files(recipe: Recipe) -> list[tuple[str, Path]]:

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis.config.compat import holds, translate
+from lavis.config.compat import holds, other_names, translate
 from lavis.config.lists import change_entries
 from lavis.config.typed import Problem
 from lavis.core.errors import ConfigError
@@ -85,12 +85,17 @@ def read_layer(path: Path) -> Layer:
 
 
 def options_layer(options: Sequence[str]) -> Layer:
-    """The overrides `a.b=value`. Raises ConfigError naming the one that is not of this form."""
+    """The overrides `a.b=value`, of which the last one for a key counts, whichever of its names is used.
+
+    Raises ConfigError naming the one that is not of this form.
+    """
     values = OmegaConf.create()
     for option in options:
         key, equals, _ = option.partition("=")
         if not equals or not all(part.strip() for part in key.split(".")):
             raise ConfigError(f"option {option!r} is not of the form key.sub=value.")
+        for other in other_names(key):
+            _drop(values, other)
         try:
             values.merge_with_dotlist([option])
         except (yaml.YAMLError, OmegaConfBaseException, TypeError) as e:
@@ -99,15 +104,23 @@ def options_layer(options: Sequence[str]) -> Layer:
     return Layer(OPTIONS, values)
 
 
-def merged(layers: Sequence[Layer]) -> DictConfig:
+def _drop(values: DictConfig, key: str) -> None:
+    section, _, name = key.rpartition(".")
+    inner = OmegaConf.select(values, section)
+    if isinstance(inner, DictConfig):
+        inner.pop(name, None)
+
+
+def merged(layers: Sequence[Layer]) -> dict[str, Any]:
     """The values of all layers, later ones winning, interpolations not filled in."""
-    return cast("DictConfig", OmegaConf.merge(*(layer.values for layer in layers)))
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.merge(*(layer.values for layer in layers))))
 
 
 def resolved(layers: Sequence[Layer], source: Path) -> dict[str, Any]:
     """The merged layers as plain values, interpolations filled in."""
     try:
-        return cast("dict[str, Any]", OmegaConf.to_container(merged(layers), resolve=True, throw_on_missing=True))
+        values = OmegaConf.merge(*(layer.values for layer in layers))
+        return cast("dict[str, Any]", OmegaConf.to_container(values, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as e:
         raise ConfigError(f"{label(source)}: {e.full_key or 'a value'}: {str(e).splitlines()[0]}.") from e
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 
-from lavis.config.compat import leaves
+from lavis.config.compat import UNUSED, leaves
 from lavis.config.compat.data import entry_of, splits_of
-from lavis.config.deepspeed import DEEPSPEED_RUNNERS, shared_values
+from lavis.config.deepspeed import with_deepspeed_section
 from lavis.config.files import missing_files
 from lavis.config.imports import load_imports, load_saved_imports
 from lavis.config.layers import (
@@ -37,75 +35,20 @@ from lavis.config.layers import (
     where,
 )
 from lavis.config.report import listed, report
+from lavis.config.resolved import SECTIONS, Recipe
 from lavis.config.rules import RULES
-from lavis.config.schema import DataConfig, DataEntry, ModelConfig, PreprocessConfig, RunConfig
+from lavis.config.schema import DataEntry, ModelConfig, PreprocessConfig
 from lavis.config.shipped import find_recipe, recipe_layers, shipped_recipes
-from lavis.config.typed import Problem, choices, defaults, iter_fields, join, read_dataclass
+from lavis.config.typed import Problem, choices, defaults, join, read_dataclass, read_value, section_type
 from lavis.core.errors import ConfigError, RegistryError, did_you_mean
 from lavis.core.logging import warn_once
 from lavis.core.paths import CONFIGS_ROOT
 from lavis.core.plugins import COPIES as IMPORTS
-from lavis.core.plugins import Import, copy_imports, load_plugins
+from lavis.core.plugins import Import, load_plugins
 from lavis.core.registries import MODEL_CONFIGS
 
 __all__ = ["Recipe", "find_recipe", "load_dataset_config", "load_model_config", "load_preprocess_config", "load_recipe"]
 __all__ += ["load_saved", "missing_files", "model_types", "recipe_from_dict", "shipped_recipes", "validate"]
-
-SECTIONS = ("model", "init", "data", "run")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A resolved recipe. `origins` says for each dotted key where its value comes from."""
-
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig
-    source: Path
-    origins: dict[str, str]
-    init: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    imports: tuple[Import, ...] = ()
-    layers: Sequence[Layer] = dataclasses.field(default=(), repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The sections as plain values; `recipe_from_dict` reads them back."""
-        imports = {IMPORTS: [item.name for item in self.imports]} if self.imports else {}
-        return imports | {
-            "model": dataclasses.asdict(self.model),
-            "init": self.init,
-            "data": dataclasses.asdict(self.data),
-            "run": dataclasses.asdict(self.run),
-        }
-
-    def to_yaml(self) -> str:
-        """The sections as YAML, in the schema's order."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-    def save(self, folder: Path) -> None:
-        """Write it into the folder of a run, with the files it imports; `load_saved` reads it back."""
-        (folder / "config.yaml").write_text(self.to_yaml(), encoding="utf-8")
-        copy_imports(self.imports, folder)
-
-    def flat(self) -> dict[str, Any]:
-        """Dotted key to value; lists and empty mappings count as values."""
-        return dict(leaves(self.to_dict()))
-
-    def fields(self) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-        """(dotted key, schema field, value) of every section and key."""
-        yield from iter_fields(self.model, "model")
-        yield from iter_fields(self.data, "data")
-        yield from iter_fields(self.run, "run")
-
-    def place(self, key: str) -> str:
-        """The origin of `key`, with the line if it is a file."""
-        label = self.origins[key]
-        at = where(key, self.layers) if self.layers else label
-        return at if at.startswith(f"{label}:") else label
-
-    def kept_on_resume(self) -> dict[str, Any]:
-        """As `flat`, without what may change when a run is resumed."""
-        free = [f"{IMPORTS}.", *(f"{key}." for key, field, _ in self.fields() if field.metadata["resume"] == "free")]
-        return {key: value for key, value in self.flat().items() if not f"{key}.".startswith(tuple(free))}
 
 
 def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
@@ -119,30 +62,10 @@ def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
     _check_sections(user[:-1])
     mention_renamed(translated(user)[0])
     recipe = _build([*_default_layers(user), *user], file, imports)
-    _warn_unused(recipe)
+    _warn_unused(user)
     recipe = with_deepspeed_section(recipe)
     validate(recipe)
     return recipe
-
-
-def with_deepspeed_section(recipe: Recipe) -> Recipe:
-    """`recipe` with what its run.deepspeed_config says about keys of `run` that nothing else sets.
-
-    Where both say something else, `run` holds and a warning names the two. Only for runners that use DeepSpeed.
-    """
-    if recipe.run.runner not in DEEPSPEED_RUNNERS:
-        return recipe
-    adopted: dict[str, Any] = {}
-    for key, name, value in shared_values(recipe.run.deepspeed_config):
-        own, source = getattr(recipe.run, key), recipe.origins[f"run.{key}"]
-        if own == value:
-            continue
-        if source == SCHEMA:
-            adopted[key] = value
-            recipe.origins[f"run.{key}"] = f"{label(recipe.source)}: run.deepspeed_config.{name}"
-        else:
-            warn_once(f"run.{key} is {own} ({source}) but run.deepspeed_config.{name} says {value}: {own} is used.")
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, **adopted))
 
 
 def validate(recipe: Recipe) -> None:
@@ -283,15 +206,19 @@ def _preset_file(preset: str, written: tuple[str, str] = ("model.preset", "")) -
     raise ConfigError(f"{start}{folder} has no type {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 
+def _section_type(name: str, layers: Sequence[Layer]) -> Any:
+    """The type of a section in a recipe of these layers."""
+    return MODEL_CONFIGS.get(_arch(layers)) if name == "model" else SECTIONS[name]
+
+
 def _schema_layer(layers: Sequence[Layer]) -> Layer:
     """The defaults of every key that a recipe of these layers can have."""
-    arch, model = _arch(layers), _model(layers)
-    values = {
-        "model": {**defaults(MODEL_CONFIGS.get(arch), model), "arch": arch},
-        "init": [],
-        "data": defaults(DataConfig, {}),
-        "run": defaults(RunConfig, {}),
-    }
+    given = merged(layers)
+    values: dict[str, Any] = {}
+    for name in SECTIONS:
+        cls, section = section_type(_section_type(name, layers)), given.get(name)
+        values[name] = defaults(cls, section if isinstance(section, Mapping) else {}) if cls else []
+    values["model"]["arch"] = _arch(layers)
     return Layer(SCHEMA, OmegaConf.create(values))
 
 
@@ -302,13 +229,11 @@ def _build(written: Sequence[Layer], source: Path, imports: tuple[Import, ...] =
         layer.values.pop("preprocess", None)
     layers = _with_defaults(layers)
     values = resolved(layers, source)
-    problems += [Problem(str(k), "unknown section", SECTIONS) for k in values if k not in SECTIONS]
-    model = read_dataclass(MODEL_CONFIGS.get(values["model"]["arch"]), values["model"], "model", problems)
-    data = read_dataclass(DataConfig, values["data"], "data", problems)
-    run = read_dataclass(RunConfig, values["run"], "run", problems)
+    problems += [Problem(str(k), "unknown section", tuple(SECTIONS)) for k in values if k not in SECTIONS]
+    sections = {name: read_value(_section_type(name, layers), values[name], name, problems) for name in SECTIONS}
     if problems:
         raise ConfigError(report(problems, layers, label(source)))
-    recipe = Recipe(model, data, run, source, {}, values["init"] or [], imports, layers)
+    recipe = Recipe(**sections, source=source, origins={}, imports=imports, layers=layers)
     recipe.origins.update({key: origin(key, layers).label for key in recipe.flat()})
     recipe.origins.update((IMPORTS, item.place) for item in imports)
     return recipe
@@ -316,11 +241,11 @@ def _build(written: Sequence[Layer], source: Path, imports: tuple[Import, ...] =
 
 def _with_defaults(layers: Sequence[Layer]) -> list[Layer]:
     """The layers above the schema's, less what they say about parts that another one above them takes the place of."""
-    chosen = dict(choices(MODEL_CONFIGS.get(_arch(layers)), "model"))
-    for key, name in chosen.items():
-        layers = _without_replaced(layers, key, name)
-    schema = _schema_layer(layers)
-    return [schema, *(_without_empty_sections(layer, schema, chosen) for layer in layers)]
+    chosen = [choice for name in SECTIONS for choice in choices(_section_type(name, layers), name)]
+    for choice in chosen:
+        layers = _without_replaced(layers, choice.key, choice.default)
+    schema, optional = _schema_layer(layers), [choice.key for choice in chosen if choice.optional]
+    return [schema, *(_without_empty_sections(layer, schema, optional) for layer in layers)]
 
 
 def _without_replaced(layers: Sequence[Layer], key: str, default: str) -> list[Layer]:
@@ -337,7 +262,7 @@ def _without_replaced(layers: Sequence[Layer], key: str, default: str) -> list[L
 def _without(layer: Layer, key: str) -> Layer:
     section, _, name = key.rpartition(".")
     plain = copy.deepcopy(layer.plain)
-    plain.get(section, {}).pop(name, None)
+    (plain.get(section, {}) if section else plain).pop(name, None)
     return dataclasses.replace(layer, values=OmegaConf.create(plain))
 
 
@@ -358,8 +283,8 @@ def _without_empty_sections(layer: Layer, schema: Layer, kept: Collection[str]) 
     return dataclasses.replace(layer, values=OmegaConf.create(strip(layer.plain, schema.plain, "")))
 
 
-def _warn_unused(recipe: Recipe) -> None:
-    for key, field, value in recipe.fields():
-        why = field.metadata["unused"]
-        if why and value is not None and recipe.origins[key] != SCHEMA:
-            warn_once(f"{key} ({recipe.origins[key]}) has no effect any more: {why}.")
+def _warn_unused(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        for key, value in leaves(layer.plain):
+            if key in UNUSED and value is not None:
+                warn_once(f"{key} ({layer.label}) has no effect any more: {UNUSED[key]}.")

@@ -29,7 +29,8 @@ def listed(messages: Sequence[str], source: str) -> str:
 def _described(problem: Problem, layers: Sequence[Layer]) -> str:
     key, at = place(problem.key, layers)
     renamed = f" ({key} is called {problem.key} now.)" if key != problem.key else ""
-    return f"{key} ({at}): {problem.message}.{_nearest(problem, layers)}{renamed}"
+    end = "" if problem.message.endswith(("?", ".")) else "."
+    return f"{key} ({at}): {problem.message}{end}{_nearest(problem, layers)}{renamed}"
 
 
 def _nearest(problem: Problem, layers: Sequence[Layer]) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lavis.config import data_rules
-from lavis.config.deepspeed import DEEPSPEED_RUNNERS
+from lavis.config.deepspeed import STRATEGIES
 from lavis.config.init import Init
 from lavis.core.registries import MODEL_CONFIGS
 
 if TYPE_CHECKING:
-    from lavis.config.recipe import Recipe
+    from lavis.config.resolved import Recipe
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
@@ -56,35 +56,30 @@ def _feature_cache(recipe: Recipe) -> Iterator[str]:
 
 
 def _sizes(recipe: Recipe) -> Iterator[str]:
-    run, data = recipe.run, recipe.data
+    data = recipe.data
     model: Any = recipe.model
     if model.row_format == "chat" and data.packing and data.pack_length < model.max_length:
         longest = f"the longest sample, model.max_length {model.max_length}"
         yield f"data.pack_length {data.pack_length} is shorter than {longest}: raise the one or lower the other."
-    if run.autocast_on_cpu and run.autocast_dtype == "fp16" and run.device != "cuda":
-        yield "run.autocast_dtype fp16 does not work on the CPU: use bf16, or run.autocast_on_cpu=false."
-    if run.min_lr > run.init_lr and run.lr_sched != "constant_lr" and not run.evaluate:
-        yield f"run.min_lr {run.min_lr:g} is above run.init_lr {run.init_lr:g}: the rate would grow."
+    if recipe.train.autocast_on_cpu and recipe.train.autocast_dtype == "fp16" and recipe.run.device != "cuda":
+        yield "train.autocast_dtype fp16 does not work on the CPU: use bf16, or train.autocast_on_cpu=false."
+    if recipe.optim.min_lr > recipe.optim.lr and recipe.optim.schedule != "constant_lr" and not recipe.run.evaluate:
+        yield f"optim.min_lr {recipe.optim.min_lr:g} is above optim.lr {recipe.optim.lr:g}: the rate would grow."
 
 
-def _task(recipe: Recipe) -> Iterator[str]:
-    run, model = recipe.run, recipe.model
-    built_in = {task for arch in MODEL_CONFIGS.list() for task in MODEL_CONFIGS.get(arch).tasks}
-    if run.task not in model.tasks and run.task in built_in:  # of a user's own objective nothing is known here
-        yield f"run.task {run.task!r} does not train model.arch {model.arch!r}: set run.task={model.tasks[0]}."
-    if (model.row_format is None) != (run.runner == "tokenizer_runner"):
-        yield (
-            f"run.runner {run.runner!r} does not go with model.arch {model.arch!r}: tokenizer_runner is for"
-            " byte_level_bpe, and for nothing else."
-        )
+def _objective(recipe: Recipe) -> Iterator[str]:
+    model, name = recipe.model, recipe.objective.name
+    built_in = {name for arch in MODEL_CONFIGS.list() for name in MODEL_CONFIGS.get(arch).objectives}
+    if name not in model.objectives and name in built_in:  # of a user's own objective nothing is known here
+        fix = f"set objective.name={model.objectives[0]}"
+        yield f"objective.name {name!r} does not train model.arch {model.arch!r}: {fix}."
 
 
 def _deepspeed(recipe: Recipe) -> Iterator[str]:
-    run = recipe.run
-    if run.runner not in DEEPSPEED_RUNNERS:
+    if recipe.parallel.strategy not in STRATEGIES:
         return
-    key = "run.deepspeed_config.zero_optimization.stage"
-    zero = run.deepspeed_config.get("zero_optimization") or {}
+    key = "parallel.deepspeed.zero_optimization.stage"
+    zero = recipe.parallel.deepspeed.get("zero_optimization") or {}
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
     if stage not in (0, 1, 2, 3):
         yield f"{key} is {stage!r}: it is 0, 1, 2 or 3."
@@ -94,41 +89,40 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
             f"model.llm.quantization {quantization} does not go with ZeRO-3, which splits weights: set"
             f" it to null, or {key}=2."
         )
-    if run.runner in ("pipeline_runner", "pipeline"):
+    if recipe.parallel.strategy == "pipeline":
         yield from _pipeline(recipe, stage)
-    if stage == 3 and run.export:
+    if stage == 3 and recipe.export.path:
         yield (
-            "run.export needs whole weights, which no rank has under ZeRO-3: set it to null and use `lavis export`, or"
+            "export.path needs whole weights, which no rank has under ZeRO-3: set it to null and use `lavis export`, or"
             f" {key}=2."
         )
 
 
 def _pipeline(recipe: Recipe, stage: Any) -> Iterator[str]:
-    run = recipe.run
     model: Any = recipe.model
     if not model.splits:
-        yield f"run.runner pipeline_runner cuts an LLM, which {model.arch} has not: set run.runner=runner_base."
+        yield f"parallel.strategy pipeline cuts an LLM, which {model.arch} has not: set it to data_parallel."
         return
     if stage:
         yield (
-            f"run.deepspeed_config.zero_optimization.stage is {stage}: a pipeline keeps each stage's optimiser whole."
+            f"parallel.deepspeed.zero_optimization.stage is {stage}: a pipeline keeps each stage's optimiser whole."
             " Set it to 0."
         )
     if model.llm.quantization:
         yield (
             f"model.llm.quantization {model.llm.quantization} does not go with a pipeline: set it to null, or"
-            " run.runner=runner_base."
+            " parallel.strategy=data_parallel."
         )
-    if run.export:
+    if recipe.export.path:
         yield (
-            "run.export needs the whole model, which no rank of a pipeline has: set it to null and use `lavis export`."
+            "export.path needs the whole model, which no rank of a pipeline has: set it to null and use `lavis export`."
         )
-    if run.amp and model.enable_autocast and run.autocast_dtype == "fp16":
-        yield "run.autocast_dtype fp16 needs a loss scale, which the pipeline has none of: use bf16."
+    if recipe.train.amp and model.enable_autocast and recipe.train.autocast_dtype == "fp16":
+        yield "train.autocast_dtype fp16 needs a loss scale, which the pipeline has none of: use bf16."
 
 
 RULES = (
-    _task,
+    _objective,
     _model,
     _chat_only,
     _frozen_weights,

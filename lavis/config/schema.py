@@ -1,7 +1,7 @@
-"""The typed schema of a recipe: what `run`, `data` and every `model` may hold.
+"""The typed schema of a recipe: what `data` and every `model` may hold.
 
 Each field is made with `opt`, whose help text (meaning and unit) also feeds docs/recipes.md and `lavis configs show`.
-The models' own sections are in lavis/models/configs.py.
+The models' own sections are in lavis/models/configs.py, what is done with them in lavis/config/sections.py.
 """
 
 from __future__ import annotations
@@ -19,21 +19,18 @@ def opt(
     choices: tuple[Any, ...] | None = None,
     registry: str | None = None,
     at_least: float | None = None,
-    unused: str | None = None,
     resume: Literal["same", "free"] = "same",
 ) -> Any:
     """A schema field.
 
-    `choices`: the allowed values (of a list: of its items). `registry`: the name must be in this registry (`task`,
-    `runner`, `processor`, `lr_schedule`).
-    `at_least`: smallest allowed number. `unused`: why the key, kept for old recipes, no longer matters (warned once
-    when set).
+    `choices`: the allowed values (of a list: of its items). `registry`: the name must be in this one of REGISTRIES in
+    lavis/config/typed.py.
+    `at_least`: smallest allowed number.
     `resume`: whether the key may change when a run is resumed: `free` is for what changes neither the data nor the
     optimisation of past steps.
     A mutable default (list, dict) is copied for each instance.
     """
-    metadata = {"help": help, "choices": choices, "registry": registry, "at_least": at_least, "unused": unused}
-    metadata["resume"] = resume
+    metadata = {"help": help, "choices": choices, "registry": registry, "at_least": at_least, "resume": resume}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     if isinstance(default, type):
@@ -68,8 +65,8 @@ class ModelConfig:
         " null = the tokenizer's, else ChatML",
     )
 
-    tasks: ClassVar[tuple[str, ...]] = ()
-    """Tasks that can train it; the first one is proposed."""
+    objectives: ClassVar[tuple[str, ...]] = ()
+    """Built-in objectives that can train it; the first one is proposed."""
     row_format: ClassVar[str | None] = None
     """What it reads rows as: chat or caption; None for text that is not encoded."""
     splits: ClassVar[bool] = False
@@ -252,132 +249,3 @@ class DataConfig:
     def entries(self) -> list[tuple[str, DataEntry]]:
         """(dotted key, entry) of all entries."""
         return [(f"data.{name}.{i}", e) for name, entries in self.sections().items() for i, e in enumerate(entries)]
-
-
-@dataclass
-class SamplePrompt:
-    """A fixed question, answered before, during and after training."""
-
-    image: Optional[str] = opt(None, "path of the image; null asks without one")
-    prompt: str = opt("Describe this image.", "the question")
-
-
-@dataclass
-class RunConfig:
-    """The `run` section: what is done, for how long, how it is optimised and what is written."""
-
-    runner: str = opt("runner_base", "name of the runner in the registry", registry="runner", resume="free")
-    task: str = opt("image_text_pretrain", "name of the task in the registry", registry="task")
-
-    # how long, how much; the batch may change since only its product with the ranks matters, which is checked apart
-    max_epoch: int = opt(10, "passes over the training data", at_least=1, resume="free")
-    max_steps: Optional[int] = opt(
-        None, "optimiser steps; ends training before max_epoch when reached", at_least=1, resume="free"
-    )
-    batch_size_train: int = opt(
-        1, "micro-batch: samples (packed: rows of pack_length) per rank and forward", at_least=1, resume="free"
-    )
-    batch_size_eval: int = opt(
-        16, "samples per rank and forward in validation and generation", at_least=1, resume="free"
-    )
-    accum_grad_iters: int = opt(1, "micro-batches per optimiser step", at_least=1, resume="free")
-    global_batch_size: Optional[int] = opt(
-        None,
-        "samples (packed: rows) per optimiser step over all ranks; accum_grad_iters then follows from it",
-        at_least=1,
-        resume="free",
-    )
-
-    # optimisation
-    lr_sched: str = opt("linear_warmup_cosine_lr_step-wise", "learning-rate schedule", registry="lr_schedule")
-    init_lr: float = opt(1e-4, "peak learning rate", at_least=0)
-    min_lr: float = opt(1e-6, "learning rate at the end of the decay", at_least=0)
-    warmup_lr: float = opt(0.0, "learning rate at the first step of the warm-up; -1 = init_lr")
-    warmup_steps: int = opt(0, "optimiser steps of linear warm-up", at_least=0)
-    warmup_ratio: Optional[float] = opt(None, "warm-up as a share of all steps; overrides warmup_steps", at_least=0)
-    lr_decay_rate: Optional[float] = opt(None, "factor per epoch of linear_warmup_step_lr", at_least=0)
-    lr_layer_decay: float = opt(1.0, "factor per layer, from the top of the vision tower down", at_least=0)
-    weight_decay: float = opt(0.05, "AdamW weight decay; not on 1-D tensors", at_least=0)
-    beta1: float = opt(0.9, "AdamW beta1", at_least=0)
-    beta2: float = opt(0.999, "AdamW beta2", at_least=0)
-    adam_eps: float = opt(1e-8, "AdamW epsilon", at_least=0)
-    grad_norm_clip: Optional[float] = opt(1.0, "largest norm of the gradient; null does not clip", at_least=0)
-    amp: bool = opt(True, "mixed precision on a GPU; the CPU trains in fp32 unless autocast_on_cpu")
-    autocast_dtype: str = opt("bf16", "type of mixed precision", choices=("bf16", "fp16"))
-    autocast_on_cpu: bool = opt(False, "mixed precision on the CPU too (bf16 only)")
-    loss_scale: Optional[float] = opt(None, "fixed loss scale of fp16; null scales dynamically", at_least=1)
-    seed: int = opt(42, "seed of initialisation, data order and dropout", at_least=0)
-
-    # evaluation
-    evaluate: bool = opt(False, "only evaluate, no training", resume="free")
-    evaluate_blind: bool = opt(False, "evaluate the test splits with the images removed as well", resume="free")
-    evaluate_before: bool = opt(False, "evaluate the test splits before training as well", resume="free")
-    max_eval_samples: Optional[int] = opt(
-        None, "samples per split in evaluation; null = all", at_least=1, resume="free"
-    )
-    max_new_tokens: int = opt(
-        64, "longest generated answer in evaluation and sample prompts, tokens", at_least=1, resume="free"
-    )
-
-    # what is written
-    output_dir: str = opt("output/run", "each start makes a folder of its own in here, named by time", resume="free")
-    log_freq: int = opt(10, "optimiser steps between log lines", at_least=1, resume="free")
-    eval_freq: Optional[int] = opt(
-        None, "optimiser steps between validations; null = once an epoch", at_least=1, resume="free"
-    )
-    save_freq: Optional[int] = opt(
-        None, "optimiser steps between checkpoints; null = once an epoch", at_least=1, resume="free"
-    )
-    keep_checkpoints: int = opt(2, "newest checkpoints kept, beside the best", at_least=1, resume="free")
-    sample_prompts: list[SamplePrompt] = opt(
-        [], "fixed questions answered before, during and after training", resume="free"
-    )
-    num_sample_prompts: int = opt(
-        4,
-        "without sample_prompts: how many rows of the first test (else validation) split are asked",
-        at_least=0,
-        resume="free",
-    )
-    export: Optional[str] = opt(
-        None,
-        "folder (relative: under cache/) that the trained parts are written to at the end, for a later recipe to load",
-        resume="free",
-    )
-    export_dtype: str = opt(
-        "fp32", "type of exported floating-point tensors", choices=("fp32", "fp16", "bf16"), resume="free"
-    )
-    trackers: list[str] = opt(
-        ["tensorboard"],
-        "where metrics go beside metrics.jsonl",
-        choices=("tensorboard", "wandb", "swanlab"),
-        resume="free",
-    )
-
-    # resuming
-    resume: str = opt(
-        "never",
-        "never; auto = newest complete checkpoint under output_dir; or the path of a run or checkpoint",
-        resume="free",
-    )
-    resume_ckpt_path: Optional[str] = opt(None, "the original's name for a path in `resume`", resume="free")
-    resume_ckpt_load_dir: Optional[str] = opt(
-        None, "the original's name for `resume` under DeepSpeed, with resume_ckpt_tag", resume="free"
-    )
-    resume_ckpt_tag: Optional[str] = opt(
-        None, "folder name of the checkpoint inside resume_ckpt_load_dir", resume="free"
-    )
-
-    # where
-    device: str = opt("auto", "auto = CUDA if there is one, else CPU", choices=("auto", "cpu", "cuda"), resume="free")
-    world_size: Optional[int] = opt(None, "ranks", unused="torchrun's environment decides", resume="free")
-    dist_url: Optional[str] = opt(None, "rendezvous address", unused="torchrun's environment decides", resume="free")
-    distributed: Optional[bool] = opt(
-        None, "more than one rank", unused="torchrun's environment decides", resume="free"
-    )
-    num_stages: int = opt(
-        1, "stages of a pipeline (pipeline_runner); ranks are a multiple of it", at_least=1, resume="free"
-    )
-    stage_blocks: list[int] = opt([], "blocks of the LLM in each stage; empty = balanced by cost", resume="free")
-    deepspeed_config: dict[str, Any] = opt(
-        {}, "section handed to DeepSpeed (deepspeed_runner, pipeline_runner)", resume="free"
-    )

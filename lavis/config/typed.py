@@ -16,20 +16,15 @@ from lavis.core.errors import RegistryError, did_you_mean
 from lavis.core.registry import Registry
 
 REGISTRIES: dict[str, Registry[Any]] = {
-    "task": registries.OBJECTIVES,
-    "runner": registries.STRATEGIES,
+    "objective": registries.OBJECTIVES,
+    "strategy": registries.STRATEGIES,
+    "metric": registries.METRICS,
     "processor": registries.PROCESSORS,
     "source": registries.SOURCES,
     "media_format": registries.MEDIA_FORMATS,
     "lr_schedule": registries.LR_SCHEDULES,
 }
 """What the `registry` of a schema field refers to."""
-
-ALIASES: dict[str, dict[Any, Any]] = {
-    "autocast_dtype": {"bfloat16": "bf16", "float16": "fp16"},
-    "loss_scale": {True: None, False: None},  # the original's switch; here fp16 scales and bf16 does not
-}
-"""Other spellings of a field's values that older recipes use."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +63,24 @@ def chosen(cls: type, values: Mapping[str, Any]) -> type:
     return cls.choose(values) if hasattr(cls, "choose") else cls
 
 
-def choices(cls: type, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, name if none is given) of the sections in the dataclass `cls` that name a part."""
-    for name, hint in field_types(cls).items():
-        section = section_type(hint)
-        if section is not None and hasattr(section, "choose"):
-            yield join(key, name), chosen(section, {})().name
+class Choice(typing.NamedTuple):
+    """A section that names a part: its dotted key, the name where none is given, and whether null means no part."""
+
+    key: str
+    default: str
+    optional: bool
+
+
+def choices(hint: Any, key: str) -> Iterator[Choice]:
+    """The sections at `key` of the type `hint`, and just inside it, that name a part."""
+    section = section_type(hint)
+    if section is None:
+        return
+    inside = [(join(key, name), inner) for name, inner in field_types(section).items()]
+    for at, inner in [(key, hint), *inside]:
+        part = section_type(inner)
+        if part is not None and hasattr(part, "choose"):
+            yield Choice(at, chosen(part, {})().name, optional=inner is not part)
 
 
 def defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +122,6 @@ def read_dataclass(cls: type, value: Any, key: str, problems: list[Problem]) -> 
 
 def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
     before = len(problems)
-    value = ALIASES.get(field.name, {}).get(value, value) if isinstance(value, (str, bool)) else value
     value = read_value(hint, value, key, problems)
     if len(problems) > before or not field.metadata:
         return value
@@ -127,7 +133,7 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any, key: str, 
             problems.append(Problem(key, f"{item!r} is not one of: {', '.join(allowed)}.{hint}"))
         if registry is not None and item is not None and item not in REGISTRIES[registry]:
             kind, known = REGISTRIES[registry].kind, REGISTRIES[registry].list()
-            hint = did_you_mean(item, [*known, *REGISTRIES[registry].aliases])
+            hint = did_you_mean(item, known)
             problems.append(Problem(key, f"unknown {kind} {item!r}.{hint} Known: {', '.join(known)}"))
         if least is not None and item is not None and item < least:
             problems.append(Problem(key, f"{item!r} is below the smallest allowed value, {least:g}"))

@@ -91,11 +91,6 @@ OBJECTIVES: Registry[Any] = Registry(
         "blip2_stage1": "lavis.objectives.blip2_stage1",
         "tokenizer_training": "lavis.tokens.training",
     },
-    aliases={
-        "image_text_pretrain": "sft",
-        "deepspeed_image_text_pretrain": "sft",
-        "language_modeling": "sft",
-    },
 )
 STRATEGIES: Registry[Any] = Registry(
     "strategy",
@@ -103,12 +98,6 @@ STRATEGIES: Registry[Any] = Registry(
         "data_parallel": "lavis.parallel.strategy",
         "zero": "lavis.parallel.zero",
         "pipeline": "lavis.parallel.pipeline",
-    },
-    aliases={
-        "runner_base": "data_parallel",
-        "tokenizer_runner": "data_parallel",  # of the tokenizer's training, which is that of one process
-        "deepspeed_runner": "zero",
-        "pipeline_runner": "pipeline",
     },
 )
 METRICS: Registry[Any] = Registry("metric", lazy={"accuracy": "lavis.eval.metrics"})

@@ -35,8 +35,7 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Names of one kind of thing (`kind` is used in messages).
 
-    `lazy` maps a name to the module that registers it, `configs` to `module:Dataclass` of its settings, and `aliases`
-    other spellings to names.
+    `lazy` maps a name to the module that registers it, `configs` to `module:Dataclass` of its settings.
     """
 
     def __init__(
@@ -44,10 +43,8 @@ class Registry(Generic[T]):
         kind: str,
         lazy: Mapping[str, str] | None = None,
         configs: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.kind = kind
-        self.aliases: dict[str, str] = dict(aliases or {})
         self._entries: dict[str, T] = {}
         self._lazy: dict[str, str] = dict(lazy or {})
         self._lazy_configs: dict[str, str] = dict(configs or {})
@@ -78,36 +75,35 @@ class Registry(Generic[T]):
 
         Raises RegistryError naming the nearest names.
         """
-        name = self.aliases.get(name, name)
         if name not in self._entries and name in self._lazy:
             importlib.import_module(self._lazy[name])
         if name not in self._entries:
             raise self._unknown(name)
         return self._entries[name]
 
-    def config(self, name: str) -> type:
+    def config(self, name: str, default: type | None = None) -> type:
         """The dataclass of settings of `name`, without importing its module if `configs` says where it is.
 
-        Raises RegistryError for an unknown name, and for one that has none.
+        Raises RegistryError for an unknown name, and for one that has none where there is no `default`.
         """
-        name = self.aliases.get(name, name)
         if name not in self:
             raise self._unknown(name)
         if name not in self._configs and name in self._lazy_configs:
             module, _, attribute = self._lazy_configs[name].partition(":")
             self._configs[name] = getattr(importlib.import_module(module), attribute)
-        if name not in self._configs:
+        config = self._configs.get(name, default)
+        if config is None:
             raise RegistryError(f"{self.kind} {name!r} was registered without a dataclass of settings (config=...).")
-        return self._configs[name]
+        return config
 
     def _unknown(self, name: str) -> RegistryError:
         known = self.list()
-        hint = did_you_mean(name, [*known, *self.aliases])
+        hint = did_you_mean(name, known)
         return RegistryError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
 
     def list(self, pattern: str = "*") -> list[str]:
-        """Sorted names that match the shell `pattern`, without aliases; nothing is imported."""
+        """Sorted names that match the shell `pattern`; nothing is imported."""
         return sorted(fnmatch.filter({*self._entries, *self._lazy}, pattern))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._lazy or name in self.aliases
+        return name in self._entries or name in self._lazy

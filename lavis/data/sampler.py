@@ -66,7 +66,7 @@ class StepPlan:
             raise DataError(
                 f"{self.num_rows} rows of training data are less than one global batch of {self.global_batch} "
                 f"({batch_size} per micro-batch x {accum} micro-batches x {world_size} ranks). "
-                "Lower run.batch_size_train or run.accum_grad_iters, or take more data."
+                "Lower train.micro_batch_size or train.accumulation, or take more data."
             )
 
     @property

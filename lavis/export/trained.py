@@ -40,7 +40,7 @@ class Trained:
         if model.row_format != "chat":
             raise CheckpointError(
                 f"{self.checkpoint.path} is of a {model.arch}: only models with an LLM are exported. Others are written"
-                " by run.export at the end of a run."
+                " by export.path at the end of a run."
             )
         return model
 

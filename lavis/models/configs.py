@@ -27,14 +27,14 @@ class VlmConfig(ModelConfig):
     llm: LlmConfig = opt(LlmConfig, "the chat LLM")
     media: MediaConfig = opt(MediaConfig, "how pictures reach the model")
     max_length: int = opt(512, "longest sample, tokens, images included", at_least=8)
-    enable_autocast: bool = opt(True, "as `run.amp`; both must be true")
+    enable_autocast: bool = opt(True, "as `train.amp`; both must be true")
     released: Optional[str] = opt(
         None,
         "weight file of trained parts that chat opens when no run is named; training starts without it",
         resume="free",
     )
 
-    tasks = ("image_text_pretrain", "deepspeed_image_text_pretrain", "language_modeling", "sft", "document")
+    objectives = ("sft", "document")
     row_format = "chat"
     splits = True
 
@@ -110,7 +110,7 @@ class Blip2QFormerStage1Config(ModelConfig):
     itm_weight: float = opt(1.0, "weight of the image-text matching loss", at_least=0)
     itg_weight: float = opt(1.0, "weight of the image-grounded text generation loss", at_least=0)
 
-    tasks = ("blip2_stage1",)
+    objectives = ("blip2_stage1",)
     row_format = "caption"
 
     @property
@@ -154,4 +154,4 @@ class ByteLevelBPEConfig(ModelConfig):
     )
     split_pattern: Optional[str] = opt(None, "regular expression of words that are never merged with their neighbours")
 
-    tasks = ("tokenizer_training",)
+    objectives = ("tokenizer_training",)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from lavis.config.sections import ObjectiveConfig
 from lavis.core.output import LossOutput
 from lavis.core.types import Batch
 from lavis.generation.decoding import Decoder
@@ -33,6 +34,13 @@ class Objective(ABC):
     """Whether the model answers prompts, so that test splits and sample prompts can be judged by generation."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that its LossOutput always has."""
+
+    @classmethod
+    def from_config(cls, config: ObjectiveConfig) -> Objective:
+        """The objective of a recipe's section. One with settings of its own is registered with their dataclass
+        (`OBJECTIVES.register(name, config=...)`), a subclass of ObjectiveConfig, and reads them here.
+        """
+        return cls()
 
     @abstractmethod
     def units(self, batch: Batch) -> int:

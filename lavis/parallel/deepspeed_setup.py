@@ -14,8 +14,8 @@ def require_deepspeed(recipe: Recipe) -> None:
     """Raise ConfigError if DeepSpeed is missing; prepare the environment it looks at."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            f"{recipe.source}: run.runner {recipe.run.runner} needs DeepSpeed: pip install 'lavis[deepspeed]', or set"
-            " run.runner=runner_base."
+            f"{recipe.source}: parallel.strategy {recipe.parallel.strategy} needs DeepSpeed: pip install"
+            " 'lavis[deepspeed]', or set it to data_parallel."
         )
     find_ninja()
     if recipe.run.device == "cpu":

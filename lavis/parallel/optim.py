@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from lavis.config.schema import RunConfig
+from lavis.config.sections import OptimConfig
 from lavis.core.errors import CheckpointError, ConfigError
 
 
@@ -27,20 +27,20 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW with no weight decay on 1-D tensors and a per-group `lr_scale`: a part's own, times the tower's layer-wise
     decay.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    scales = _rate_scales(model, run.lr_layer_decay)
+    scales = _rate_scales(model, optim.layer_decay)
     for p in trainable_parameters(model).values():
-        decay = 0.0 if p.ndim <= 1 else run.weight_decay
+        decay = 0.0 if p.ndim <= 1 else optim.weight_decay
         groups.setdefault((decay, scales.get(p, 1.0)), []).append(p)
     return torch.optim.AdamW(
         [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()],
-        lr=run.init_lr,
-        betas=(run.beta1, run.beta2),
-        eps=run.adam_eps,
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
     )
 
 

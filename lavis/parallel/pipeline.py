@@ -16,7 +16,6 @@ from transformers import GenerationConfig
 
 from lavis.config.init import inits
 from lavis.config.recipe import Recipe
-from lavis.config.schema import RunConfig
 from lavis.core.dist import World
 from lavis.core.errors import ConfigError
 from lavis.core.paths import resolve
@@ -42,8 +41,8 @@ log = logging.getLogger(__name__)
 
 @STRATEGIES.register("pipeline")
 class Pipeline(Strategy):
-    """The model lies in `run.num_stages` stages on as many ranks, micro-batches one behind the other; more ranks are
-    replicas of such pipelines.
+    """The model lies in `parallel.num_stages` stages on as many ranks, micro-batches one behind the other; more ranks
+    are replicas of such pipelines.
 
     Loss, gradient and checkpoints are those of DataParallel.
     """
@@ -57,8 +56,8 @@ class Pipeline(Strategy):
         with self.world.local_main_first():
             build_operators()
         self.replicas, self.stage = ranks.data, learner.model
-        self.optimizer = build_optimizer(self.stage, self.run)
-        self.engine = _engine(self.stage, self.optimizer, self.autocast, self._loss, self.run, accumulation)
+        self.optimizer = build_optimizer(self.stage, self.recipe.optim)
+        self.engine = _engine(self.stage, self.optimizer, self.autocast, self._loss, self.recipe, accumulation)
         # The engine clips by the norm of its own stage, and updates in the same call that runs the micro-batches. The
         # only place between the two is the optimiser's hook.
         self.optimizer.register_step_pre_hook(self._before_update)
@@ -72,12 +71,12 @@ class Pipeline(Strategy):
         require_deepspeed(recipe)
 
     @classmethod
-    def split(cls, run: RunConfig, world: World) -> Ranks:
+    def split(cls, recipe: Recipe, world: World) -> Ranks:
         """See Strategy. Raises ConfigError where the ranks are no multiple of the stages."""
-        stages = run.num_stages
+        stages = recipe.parallel.num_stages
         if world.size % stages:
             raise ConfigError(
-                f"{world.size} ranks can't be pipelines of {stages} stages: start a multiple of run.num_stages"
+                f"{world.size} ranks can't be pipelines of {stages} stages: start a multiple of parallel.num_stages"
                 " (--num-stages)."
             )
         replicas = world.size // stages
@@ -91,9 +90,9 @@ class Pipeline(Strategy):
         return Ranks(world, data, index, tuple(pipes[replica]), pipe_group)
 
     @classmethod
-    def layout(cls, run: RunConfig, world: World) -> Layout:
+    def layout(cls, recipe: Recipe, world: World) -> Layout:
         """See Strategy."""
-        return Layout(world.size, run.num_stages)
+        return Layout(world.size, recipe.parallel.num_stages)
 
     @classmethod
     def build(
@@ -104,12 +103,12 @@ class Pipeline(Strategy):
         device = ranks.world.device
         llm_config, tensors = open_llm_of(config.llm, tokenizer)
         trained, name = config.llm.train == "full", config.llm.weights or "model.llm.config"
-        if llm_config.tie_word_embeddings and trained and recipe.run.num_stages > 1:
+        if llm_config.tie_word_embeddings and trained and recipe.parallel.num_stages > 1:
             raise ConfigError(
                 f"{name} ties its embeddings to its head, which then lie on two ranks and can't be trained: set"
                 " model.llm.train=lora or frozen."
             )
-        part = _parts(recipe.run, llm_config.num_hidden_layers, ranks.world, planner)[ranks.stage]
+        part = _parts(recipe, llm_config.num_hidden_layers, ranks.world, planner)[ranks.stage]
         llm = llm_part(llm_config, part, torch.float32 if trained else frozen_dtype(device))
         llm.generation_config = _recommended(config.llm.weights)
         load_part(llm, part, tensors, name, torch.device("cpu"))
@@ -156,9 +155,10 @@ class Pipeline(Strategy):
         (square,) = self.world.sum(square)
         norm = math.sqrt(square / self.replicas.size) if square >= 0 else math.nan
         self.check_finite(self.number, loss, norm)
-        if self.run.grad_norm_clip is not None and own:
+        limit = self.recipe.optim.max_grad_norm
+        if limit is not None and own:
             torch.nn.utils.clip_grads_with_norm_(
-                [p for _, p in self._trained()], self.run.grad_norm_clip, torch.tensor(norm, device=own[0].device)
+                [p for _, p in self._trained()], limit, torch.tensor(norm, device=own[0].device)
             )
         self.result = StepResult(loss, norm, time.perf_counter() - started, parts)
 
@@ -210,7 +210,7 @@ def _renamed(key: str, names: dict[str, str]) -> str:
 
 
 def _engine(
-    stage: Stage, optimizer: torch.optim.Optimizer, autocast: Autocast, loss: Any, run: RunConfig, accumulation: int
+    stage: Stage, optimizer: torch.optim.Optimizer, autocast: Autocast, loss: Any, recipe: Recipe, accumulation: int
 ) -> Any:
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule
@@ -226,7 +226,7 @@ def _engine(
         seed_layers=False,
         dynamic_shape=True,
     )
-    config = engine_config(run, None, accumulation)
+    config = engine_config(recipe, None, accumulation)
     # the norm is that of all stages, and clipped by our hook
     config |= {"gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
     engine, *_ = deepspeed.initialize(model=staged, optimizer=optimizer, config=config, dist_init_required=False)
@@ -246,21 +246,21 @@ class _Forward(nn.Module):
             return self.stage(inputs)
 
 
-def _parts(run: RunConfig, blocks: int, world: World, planner: Callable[[], Planner]) -> list[Part]:
+def _parts(recipe: Recipe, blocks: int, world: World, planner: Callable[[], Planner]) -> list[Part]:
     """The stages, by their cost or as the recipe says; printed as a table."""
-    sizes, stages = run.stage_blocks, run.num_stages
+    sizes, stages = recipe.parallel.stage_blocks, recipe.parallel.num_stages
     if sizes and (len(sizes) != stages or sum(sizes) != blocks or min(sizes) < 1):
         raise ConfigError(
-            f"run.stage_blocks {sizes} must be {stages} numbers, one for each stage, at least 1, that sum to the"
+            f"parallel.stage_blocks {sizes} must be {stages} numbers, one for each stage, at least 1, that sum to the"
             f" LLM's {blocks} blocks."
         )
-    if run.evaluate:
+    if recipe.run.evaluate:
         return cut(sizes or [blocks // stages + (i >= stages - blocks % stages) for i in range(stages)])
-    return cut(world.broadcast(_planned_sizes(run, world, planner()) if world.is_main else None))
+    return cut(world.broadcast(_planned_sizes(recipe, world, planner()) if world.is_main else None))
 
 
-def _planned_sizes(run: RunConfig, world: World, planner: Planner) -> list[int]:
-    plan = planner.plan(Pipeline.layout(run, world), blocks=run.stage_blocks or None)
+def _planned_sizes(recipe: Recipe, world: World, planner: Planner) -> list[int]:
+    plan = planner.plan(Pipeline.layout(recipe, world), blocks=recipe.parallel.stage_blocks or None)
     for i, (n, f, memory) in enumerate(zip(plan.blocks, plan.footprints, plan.memory, strict=True)):
         log.info(
             "stage %d of %d: %d blocks, %s parameters, %.3g GFLOP a micro-batch of the longest rows, "

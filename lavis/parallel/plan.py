@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import psutil
 import torch
@@ -18,7 +18,6 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from lavis.config.recipe import Recipe
-from lavis.config.schema import RunConfig
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import CONFIGS_ROOT, resolve
 from lavis.data.assemble import load_tokenizer
@@ -183,11 +182,12 @@ class Planner:
         samples: int | None = None,
         ranks: int = 1,
     ) -> None:
-        run, data = recipe.run, recipe.data
-        if not recipe.model.splits:
-            raise ConfigError(f"model.arch {recipe.model.arch}: plans are made for models with an LLM alone.")
-        self.config = config = cast(VlmConfig, recipe.model)
-        self.run, self.data, self.machine = run, data, machine
+        config: Any = recipe.model
+        data = recipe.data
+        if not config.splits:
+            raise ConfigError(f"model.arch {config.arch}: plans are made for models with an LLM alone.")
+        self.config: VlmConfig = config
+        self.recipe, self.data, self.machine = recipe, data, machine
         self.llm_config = planned_llm(config)
         self._footprints = functools.cache(self._make_footprints)  # of this instance, and gone with it
         self.tokens = tokens or (data.pack_length if data.packing else config.max_length)
@@ -198,11 +198,12 @@ class Planner:
         self.supervised = supervised or max(1, self.tokens - self.images * config.tokens_per_tile)
         self.samples = (
             samples
-            or run.global_batch_size
-            or run.batch_size_train * run.accum_grad_iters * max(1, ranks // run.num_stages)
+            or recipe.train.global_batch_size
+            or recipe.train.micro_batch_size * recipe.train.accumulation * max(1, ranks // recipe.parallel.num_stages)
         )
-        mixed = run.amp and config.enable_autocast and (machine.device == "cuda" or run.autocast_on_cpu)
-        amp = {"bf16": torch.bfloat16, "fp16": torch.float16}[run.autocast_dtype] if mixed else None
+        train = recipe.train
+        mixed = train.amp and config.enable_autocast and (machine.device == "cuda" or train.autocast_on_cpu)
+        amp = {"bf16": torch.bfloat16, "fp16": torch.float16}[train.autocast_dtype] if mixed else None
         self.precision = Precision.on(machine.device, config, amp)
 
     def _make_footprints(self, rows: int, recompute: bool) -> Footprints:
@@ -234,7 +235,7 @@ class Planner:
         self, layout: Layout, *, rows: int | None = None, recompute: bool | None = None, blocks: list[int] | None = None
     ) -> Plan:
         """What is expected of `layout` with micro-batches of so many rows. Raises ConfigError if it is impossible."""
-        rows = rows or self.run.batch_size_train
+        rows = rows or self.recipe.train.micro_batch_size
         recompute = self.config.recomputes is True if recompute is None else recompute
         f = self._footprints(rows, recompute)
         sizes = blocks or self.split(layout.stages, rows, recompute)
@@ -255,11 +256,11 @@ class Planner:
         if layout.zero:
             optimizer, update = 3 * trained / ranks, update / ranks  # and fp32 copies of its share
             gradients = trained / ranks if layout.zero > 1 else gradients + trained / ranks
-            extra = _bucket(self.run, f.trained)
+            extra = _bucket(self.recipe, f.trained)
         elif layout.replicas > 1:
             extra = min(trained, BUCKET_BYTES + 4 * f.largest_trained) if layout.stages == 1 else trained
         if layout.zero == 3:
-            fetched, buffer = _fetched(self.run, f)
+            fetched, buffer = _fetched(self.recipe, f)
             weights, extra = f.weight_bytes / ranks + fetched, extra + buffer
         held = f.held * in_flight
         work = max(f.peak - f.held, update - held, 0.0) + extra
@@ -310,7 +311,7 @@ class Planner:
         If none fits, the one that needs least.
         """
         tried: list[Plan] = []
-        rows = self.run.batch_size_train
+        rows = self.recipe.train.micro_batch_size
         while rows:
             for recompute in (False, True) if self.config.recomputes is not True else (True,):
                 tried.append(self.plan(layout, rows=rows, recompute=recompute))
@@ -336,20 +337,20 @@ class Planner:
             plan = larger
 
 
-def _bucket(run: RunConfig, elements: float) -> float:
-    zero = run.deepspeed_config.get("zero_optimization") or {}
+def _bucket(recipe: Recipe, elements: float) -> float:
+    zero = recipe.parallel.deepspeed.get("zero_optimization") or {}
     size = min(float(zero.get("reduce_bucket_size", 5e8)), elements)
     return 4 * size * (2 if zero.get("overlap_comm") else 1)
 
 
-def _fetched(run: RunConfig, f: Footprint) -> tuple[float, float]:
+def _fetched(recipe: Recipe, f: Footprint) -> tuple[float, float]:
     """Bytes that ZeRO-3 has beside a rank's share, where it has most: whole weights, and the flat buffer in which
     several of them arrive.
 
     It fetches ahead until so many are there as may be, and between forward and backward keeps those used again within
     the reuse distance, there and back.
     """
-    zero = run.deepspeed_config.get("zero_optimization") or {}
+    zero = recipe.parallel.deepspeed.get("zero_optimization") or {}
     live = max(
         float(zero.get("stage3_max_live_parameters", 1e9)), float(zero.get("stage3_max_reuse_distance", 1e9)) / 2
     )

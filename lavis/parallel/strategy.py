@@ -19,7 +19,6 @@ from torch import nn
 
 from lavis.config.init import inits
 from lavis.config.recipe import Recipe
-from lavis.config.schema import RunConfig
 from lavis.core.dist import World
 from lavis.core.errors import CheckpointError, TrainingError
 from lavis.core.output import LossOutput
@@ -82,14 +81,14 @@ class Strategy(ABC):
     """Whether a process group is needed also for a single rank."""
 
     def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
-        self.learner, self.run, self.ranks, self.world = learner, recipe.run, ranks, ranks.world
+        self.learner, self.recipe, self.ranks, self.world = learner, recipe, ranks, ranks.world
         self.accumulation = accumulation
         self.dtype = mixed_precision(recipe, ranks.world.device)
         self.scaler = torch.amp.GradScaler(
             ranks.world.device.type,
             enabled=self.dtype == torch.float16,
-            init_scale=self.run.loss_scale or 2.0**16,
-            growth_interval=2000 if self.run.loss_scale is None else 2**31 - 1,
+            init_scale=self.recipe.train.loss_scale or 2.0**16,
+            growth_interval=2000 if self.recipe.train.loss_scale is None else 2**31 - 1,
         )
 
     @classmethod
@@ -98,13 +97,13 @@ class Strategy(ABC):
         return  # most need nothing that is not there
 
     @classmethod
-    def split(cls, run: RunConfig, world: World) -> Ranks:
+    def split(cls, recipe: Recipe, world: World) -> Ranks:
         """How the ranks of `world` work together. Raises ConfigError if they are too few or too many."""
         return Ranks(world, world)
 
     @classmethod
     @abstractmethod
-    def layout(cls, run: RunConfig, world: World) -> Layout:
+    def layout(cls, recipe: Recipe, world: World) -> Layout:
         """How the run lies on the ranks, for its plan."""
 
     @classmethod
@@ -147,18 +146,17 @@ class Strategy(ABC):
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise TrainingError(
                 f"step {number}: the loss is {loss} and the gradient norm {norm}; nothing was saved. "
-                "Lower run.init_lr, or look at the data of this step; the last checkpoint is intact."
+                "Lower optim.lr, or look at the data of this step; the last checkpoint is intact."
             )
 
 
 def mixed_precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
     """Type of mixed precision on `device` as the recipe says; none on a CPU by default."""
-    run = recipe.run
-    if not (run.amp and getattr(recipe.model, "enable_autocast", True)) or (
-        device.type == "cpu" and not run.autocast_on_cpu
+    if not (recipe.train.amp and getattr(recipe.model, "enable_autocast", True)) or (
+        device.type == "cpu" and not recipe.train.autocast_on_cpu
     ):
         return None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[run.autocast_dtype]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.autocast_dtype]
 
 
 @STRATEGIES.register("data_parallel")
@@ -172,11 +170,11 @@ class DataParallel(Strategy):
 
     def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
         super().__init__(learner, recipe, ranks, accumulation)
-        self.optimizer = build_optimizer(learner.model, self.run)
+        self.optimizer = build_optimizer(learner.model, self.recipe.optim)
         self.parameters = list(trainable_parameters(learner.model).values())
 
     @classmethod
-    def layout(cls, run: RunConfig, world: World) -> Layout:
+    def layout(cls, recipe: Recipe, world: World) -> Layout:
         """See Strategy."""
         return Layout(world.size)
 
@@ -212,8 +210,8 @@ class DataParallel(Strategy):
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         value = norm.item()
         self.check_finite(number, loss, value)
-        if self.run.grad_norm_clip is not None and math.isfinite(value):
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.run.grad_norm_clip, norm)
+        if self.recipe.optim.max_grad_norm is not None and math.isfinite(value):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optim.max_grad_norm, norm)
         set_learning_rate(self.optimizer, rate)
         self.scaler.step(self.optimizer)  # under fp16, skips a step whose gradient overflowed
         self.scaler.update()

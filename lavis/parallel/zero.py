@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lavis.config.recipe import Recipe
-from lavis.config.schema import RunConfig
 from lavis.core.dist import World
 from lavis.core.registries import STRATEGIES
 from lavis.core.types import Batch
@@ -39,13 +38,13 @@ _BUCKET = 500_000_000
 """Gradients of at most this many elements are summed over ranks at a time, likewise."""
 
 
-def zero_stage(run: RunConfig) -> int:
+def zero_stage(recipe: Recipe) -> int:
     """The ZeRO stage of a recipe, 0 if it names none."""
-    return int((run.deepspeed_config.get("zero_optimization") or {}).get("stage", 0))
+    return int((recipe.parallel.deepspeed.get("zero_optimization") or {}).get("stage", 0))
 
 
 def engine_config(
-    run: RunConfig, dtype: torch.dtype | None, accumulation: int, kept_whole: int = 0, trained: int = 0
+    recipe: Recipe, dtype: torch.dtype | None, accumulation: int, kept_whole: int = 0, trained: int = 0
 ) -> dict[str, Any]:
     """What DeepSpeed is given: the recipe's section, with what the recipe says elsewhere filled in.
 
@@ -54,11 +53,11 @@ def engine_config(
 
     Mixed precision is torch's, as everywhere here: trained weights stay fp32, and their gradients are summed in fp32.
     """
-    config = {key: value for key, value in run.deepspeed_config.items() if key not in _OURS}
+    config = {key: value for key, value in recipe.parallel.deepspeed.items() if key not in _OURS}
     config |= {
-        "train_micro_batch_size_per_gpu": run.batch_size_train,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": run.grad_norm_clip or 0.0,
+        "gradient_clipping": recipe.optim.max_grad_norm or 0.0,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": config.get("steps_per_print") or 2**31 - 1,
@@ -88,12 +87,12 @@ class Zero(Strategy):
     def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
         from lavis.parallel.zero_engine import ZeroEngine
 
-        self.stage = zero_stage(recipe.run)
+        self.stage = zero_stage(recipe)
         learner = ZeroLearner(learner, in_step=self.stage == 3 and ranks.world.size > 1)
         super().__init__(learner, recipe, ranks, accumulation)
         with self.world.local_main_first():
             build_operators()
-        self.optimizer = build_optimizer(learner.model, self.run)
+        self.optimizer = build_optimizer(learner.model, self.recipe.optim)
         self.named = trainable_parameters(learner.model)
         unhooked = learner.model.unhooked_parameters()
         kept_whole = max((p.numel() for p in unhooked), default=0)
@@ -101,7 +100,7 @@ class Zero(Strategy):
         self.engine = ZeroEngine(
             learner,
             self.optimizer,
-            engine_config(self.run, self.dtype, accumulation, kept_whole, trained),
+            engine_config(self.recipe, self.dtype, accumulation, kept_whole, trained),
             self.stage,
             unhooked=unhooked,
             borrowed=learner.model.borrowed_parameters(),
@@ -116,9 +115,9 @@ class Zero(Strategy):
         require_deepspeed(recipe)
 
     @classmethod
-    def layout(cls, run: RunConfig, world: World) -> Layout:
+    def layout(cls, recipe: Recipe, world: World) -> Layout:
         """See Strategy."""
-        return Layout(world.size, zero=zero_stage(run))
+        return Layout(world.size, zero=zero_stage(recipe))
 
     @classmethod
     def build(
@@ -127,7 +126,7 @@ class Zero(Strategy):
         """See Strategy: the whole model, but an LLM that no rank has room for stays on the CPU until it is split."""
         device = ranks.world.device
         model = whole_model(recipe, tokenizer, device)
-        if zero_stage(recipe.run) < 3 or recipe.run.evaluate:
+        if zero_stage(recipe) < 3 or recipe.run.evaluate:
             return Learner(model.to(device), objective, ranks.data)
         for name, part in model.named_children():
             if name != "llm_model":

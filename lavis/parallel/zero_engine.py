@@ -153,7 +153,7 @@ def _initialized(module: nn.Module, optimizer: torch.optim.Optimizer, config: di
         KeyError,
         deepspeed.runtime.zero.utils.ZeRORuntimeException,
     ) as error:
-        raise ConfigError(f"DeepSpeed does not accept run.deepspeed_config: {error}") from error
+        raise ConfigError(f"DeepSpeed does not accept parallel.deepspeed: {error}") from error
     return engine
 
 

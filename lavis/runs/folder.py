@@ -38,28 +38,25 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
     `resume: auto` takes the newest unfinished run of the same recipe, and starts from nothing when there is none.
     Raises CheckpointError when a run named by path is missing or was made by another recipe.
     """
-    run = recipe.run
-    output_dir = Path(run.output_dir).absolute()
-    where = run.resume_ckpt_path or _deepspeed_style(run.resume_ckpt_load_dir, run.resume_ckpt_tag)
+    output_dir = Path(recipe.run.output_dir).absolute()
     checkpoint: Checkpoint | None
-    where = where or (run.resume if run.resume not in ("auto", "never") else None)
-    if where:
-        checkpoint = find_checkpoint(Path(where).absolute())
+    if recipe.run.resume not in ("auto", "never"):
+        checkpoint = find_checkpoint(Path(recipe.run.resume).absolute())
         if differences := recipe_differences(recipe, checkpoint.path / "config.yaml"):
             raise CheckpointError(
                 f"{checkpoint.path} was made by another recipe; these keys differ: {', '.join(differences)}. "
                 "Resume with the recipe it was made with, or load its trained weights through `init`."
             )
-    elif run.resume == "auto":
+    elif recipe.run.resume == "auto":
         checkpoint = newest_run(output_dir, lambda folder: _unfinished_of(recipe, folder))
     else:
         checkpoint = None
-    if run.evaluate and run.resume == "auto" and not checkpoint:
+    if recipe.run.evaluate and recipe.run.resume == "auto" and not checkpoint:
         raise CheckpointError(
             f"no run of this recipe under {output_dir} has a checkpoint to evaluate: train first, or name a run in"
             " run.resume."
         )
-    if checkpoint and not run.evaluate:
+    if checkpoint and not recipe.run.evaluate:
         return RunFolder(checkpoint.path.parent.parent, checkpoint)
     return RunFolder(_new_folder(output_dir), checkpoint)
 
@@ -87,10 +84,6 @@ def _unfinished_of(recipe: Recipe, folder: Path) -> bool:
     if differences:
         log.info("not resuming %s: it was made with other values of %s", folder, ", ".join(differences))
     return not differences
-
-
-def _deepspeed_style(folder: str | None, tag: str | None) -> str | None:
-    return str(Path(folder, tag or "")) if folder else None
 
 
 def _new_folder(output_dir: Path) -> Path:

@@ -59,7 +59,7 @@ class HostedTracker:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError(f"run.trackers names {name}, which is not installed: pip install {name}.") from error
+            raise ConfigError(f"log.trackers names {name}, which is not installed: pip install {name}.") from error
         self.run = (
             module.init(project="lavis", name=folder.name, dir=str(folder))
             if name == "wandb"
@@ -76,7 +76,7 @@ class HostedTracker:
 
 
 def open_trackers(names: Iterable[str], folder: Path) -> list[Tracker]:
-    """The trackers of `run.trackers`. Raises ConfigError for one that is not installed."""
+    """The trackers of `log.trackers`. Raises ConfigError for one that is not installed."""
     return [TensorBoardTracker(folder) if name == "tensorboard" else HostedTracker(name, folder) for name in names]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lavis.config.recipe import Recipe
-from lavis.config.schema import RunConfig
 from lavis.core.dist import World
 from lavis.core.types import Batch
 from lavis.parallel.strategy import Strategy
@@ -27,8 +26,8 @@ Write = Callable[[str, int, Mapping[str, Any]], None]
 class StepLog(Callback):
     """Counts what a step was made of, writes its line, and stops a run whose images can't be read."""
 
-    def __init__(self, run: RunConfig, data: RunData, world: World, metrics: MetricsLog | None) -> None:
-        self.run, self.data, self.world, self.metrics = run, data, world, metrics
+    def __init__(self, recipe: Recipe, data: RunData, world: World, metrics: MetricsLog | None) -> None:
+        self.recipe, self.data, self.world, self.metrics = recipe, data, world, metrics
 
     def on_step(self, step: Step) -> None:
         """See Callback. Raises TrainingError for too many bad images."""
@@ -42,7 +41,7 @@ class StepLog(Callback):
             sum(b.bad_images for b in batches),
         )
         self.data.count_images(step.number, images, bad)
-        if not self.metrics or (step.number % self.run.log_freq and not step.last):
+        if not self.metrics or (step.number % self.recipe.log.every and not step.last):
             return
         values = {
             "epoch": step.epoch,
@@ -69,13 +68,13 @@ def _images_in(batch: Batch) -> int:
 
 
 class Validation(Callback):
-    """Loss of the validation splits, every `run.eval_freq` steps (null: at the end of an epoch) and at the end.
+    """Loss of the validation splits, every `eval.every` steps (null: at the end of an epoch) and at the end.
 
     loss: that of the step just done, None if it was not validated.
     """
 
-    def __init__(self, run: RunConfig, steps_per_epoch: int, evaluator: Evaluator, write: Write) -> None:
-        self.every = run.eval_freq or steps_per_epoch
+    def __init__(self, recipe: Recipe, steps_per_epoch: int, evaluator: Evaluator, write: Write) -> None:
+        self.every = recipe.eval.every or steps_per_epoch
         self.evaluator, self.write = evaluator, write
         self.loss: float | None = None
 
@@ -112,7 +111,8 @@ class SamplePrompts(Callback):
 
 
 class Checkpoints(Callback):
-    """Checkpoints every `run.save_freq` steps (null: at the end of an epoch), at the end, and of the best validation.
+    """Checkpoints every `checkpoint.every` steps (null: at the end of an epoch), at the end, and of the best
+    validation.
 
     best: the lowest validation loss so far.
     """
@@ -134,7 +134,7 @@ class Checkpoints(Callback):
         """See Callback."""
         loss = self.validation.loss
         better = loss is not None and (self.best is None or loss < self.best)
-        every = self.recipe.run.save_freq or self.plan.steps_per_epoch
+        every = self.recipe.checkpoint.every or self.plan.steps_per_epoch
         if step.last or step.number % every == 0 or better:
             self._save(step.number, loss)
         if better:
@@ -148,26 +148,26 @@ class Checkpoints(Callback):
             scale = strategy.scaler.state_dict()
             state = TrainState(step, self.plan.global_batch, scale, self.frozen, valid_loss)
             save_checkpoint(self.folder, state, tensors, optimizer_tensors, self.recipe.to_yaml())
-            prune(self.folder, self.recipe.run.keep_checkpoints)
+            prune(self.folder, self.recipe.checkpoint.keep)
         strategy.world.barrier()
 
 
 class Tests(Callback):
     """What the answers to the test splits are worth, before and after training. results: `<label>/<split>/<metric>`."""
 
-    def __init__(self, run: RunConfig, evaluator: Evaluator, write: Write, total_steps: int) -> None:
-        self.run, self.evaluator, self.write, self.total_steps = run, evaluator, write, total_steps
+    def __init__(self, recipe: Recipe, evaluator: Evaluator, write: Write, total_steps: int) -> None:
+        self.recipe, self.evaluator, self.write, self.total_steps = recipe, evaluator, write, total_steps
         self.results: dict[str, float] = {}
 
     def on_start(self, done: int) -> None:
         """See Callback."""
-        if done == 0 and self.run.evaluate_before:
+        if done == 0 and self.recipe.eval.before:
             self.results |= self.evaluator.test("before")
             self.write("test", 0, self.results)
 
     def on_end(self) -> None:
         """See Callback."""
         self.results |= self.evaluator.test("test")
-        if self.run.evaluate_blind:
+        if self.recipe.eval.blind:
             self.results |= self.evaluator.test("blind", blind=True)
         self.write("test", self.total_steps, self.results)

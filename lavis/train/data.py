@@ -9,7 +9,6 @@ import numpy as np
 from torch import nn
 
 from lavis.config.recipe import Recipe
-from lavis.config.schema import RunConfig
 from lavis.core.dist import World
 from lavis.core.errors import ConfigError, TrainingError
 from lavis.core.paths import resolve
@@ -27,15 +26,16 @@ _NOT_LEARNED = ("pair", "prompt")
 """Kinds of rows that no objective reads yet."""
 
 
-def accumulation(run: RunConfig, world_size: int) -> int:
-    """Micro-batches per rank and optimiser step. Raises ConfigError when run.global_batch_size can't be cut evenly."""
-    if run.global_batch_size is None:
-        return run.accum_grad_iters
-    accum, rest = divmod(run.global_batch_size, run.batch_size_train * world_size)
+def accumulation(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches per rank and optimiser step. Raises ConfigError when train.global_batch_size does not divide."""
+    train = recipe.train
+    if train.global_batch_size is None:
+        return train.accumulation
+    accum, rest = divmod(train.global_batch_size, train.micro_batch_size * world_size)
     if rest or not accum:
         raise ConfigError(
-            f"run.global_batch_size is {run.global_batch_size}, which is no multiple of batch_size_train x ranks "
-            f"({run.batch_size_train} x {world_size}): change one of them."
+            f"train.global_batch_size is {train.global_batch_size}, which is no multiple of micro_batch_size x ranks "
+            f"({train.micro_batch_size} x {world_size}): change one of them."
         )
     return accum
 
@@ -70,13 +70,13 @@ class RunData:
         return sum(len(t) for t in self.train_tables)
 
     def _step_plan(self) -> StepPlan:
-        run, data = self.recipe.run, self.recipe.data
+        recipe, data = self.recipe, self.recipe.data
         return StepPlan(
             np.concatenate([t.lengths for t in self.train_tables]),
-            batch_size=run.batch_size_train,
-            accum=accumulation(run, self.world.size),
+            batch_size=recipe.train.micro_batch_size,
+            accum=accumulation(recipe, self.world.size),
             world_size=self.world.size,
-            seed=run.seed,
+            seed=recipe.run.seed,
             length_grouping=data.length_grouping,
             pack_length=data.pack_length if data.packing else None,
             dataset_sizes=[len(t) for t in self.train_tables],

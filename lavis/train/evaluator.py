@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lavis.config.schema import RunConfig
+from lavis.config.recipe import Recipe
 from lavis.core.paths import resolve
 from lavis.core.registries import METRICS
 from lavis.core.types import Batch, Conversation, MediaRef, Message
@@ -29,18 +29,17 @@ class Evaluator:
 
     def __init__(
         self,
-        run: RunConfig,
+        recipe: Recipe,
         texts: Texts,
         data: RunData,
         learner: Learner,
         folder: Path,
-        metrics: Sequence[str] = ("accuracy",),
     ) -> None:
-        self.run, self.data, self.learner, self.folder = run, data, learner, folder
+        self.recipe, self.data, self.learner, self.folder = recipe, data, learner, folder
         self.pad_token_id, self.world = texts.template.pad_token_id, learner.world
         answers = learner.objective.generates
         self.answerer = Answerer(learner, texts, data.eval_images) if answers else None
-        self.metrics: list[Metric] = [METRICS.get(name)() for name in metrics]
+        self.metrics: list[Metric] = [METRICS.get(name)() for name in recipe.eval.metrics]
         self.prompts = self._prompts() if answers else []
 
     @torch.no_grad()
@@ -63,7 +62,7 @@ class Evaluator:
         return {name: value / n for name, value in zip(names, totals, strict=True)}
 
     def _valid_batches(self) -> Iterator[Batch]:
-        size, rank, ranks = self.run.batch_size_eval, self.world.rank, self.world.size
+        size, rank, ranks = self.recipe.eval.batch_size, self.world.rank, self.world.size
         for tables in self.data.valid.values():
             for table in tables:
                 yield from eval_batches(table, self.data.eval_images, self.pad_token_id, size, rank, ranks)
@@ -77,11 +76,11 @@ class Evaluator:
             return {}
         results: dict[str, float] = {}
         for split, tables in self.data.test.items():
-            conversations = [_conversation(t, i) for t in tables for i in range(len(t))][: self.run.max_eval_samples]
+            conversations = [_conversation(t, i) for t in tables for i in range(len(t))][: self.recipe.eval.max_samples]
             if blind:
                 conversations = [without_images(c) for c in conversations]
             answers = self.answerer.answer(
-                conversations, batch_size=self.run.batch_size_eval, max_new_tokens=self.run.max_new_tokens
+                conversations, batch_size=self.recipe.eval.batch_size, max_new_tokens=self.recipe.eval.max_new_tokens
             )
             for metric in self.metrics:
                 results |= {f"{label}/{split}/{k}": v for k, v in metric.score(answers).items()}
@@ -94,19 +93,19 @@ class Evaluator:
         if not self.answerer or not self.prompts:
             return
         answers = self.answerer.answer(
-            self.prompts, batch_size=self.run.batch_size_eval, max_new_tokens=self.run.max_new_tokens
+            self.prompts, batch_size=self.recipe.eval.batch_size, max_new_tokens=self.recipe.eval.max_new_tokens
         )
         if self.world.is_main:
             SampleReport(self.folder).add(step, answers)
 
     def _prompts(self) -> list[Conversation]:
-        if self.run.sample_prompts:
-            return [_prompt(p.image and str(resolve(p.image)), p.prompt) for p in self.run.sample_prompts]
+        if self.recipe.eval.prompts:
+            return [_prompt(p.image and str(resolve(p.image)), p.prompt) for p in self.recipe.eval.prompts]
         tables = next(iter([*self.data.test.values(), *self.data.valid.values()]), [])
         rows = [(t, i) for t in tables if t.holds_conversations for i in range(len(t))]
         # odd: rows often come in pairs of two languages
-        stride = max(1, len(rows) // max(1, self.run.num_sample_prompts)) | 1
-        return [_conversation(t, i) for t, i in rows[::stride][: self.run.num_sample_prompts]]
+        stride = max(1, len(rows) // max(1, self.recipe.eval.num_prompts)) | 1
+        return [_conversation(t, i) for t, i in rows[::stride][: self.recipe.eval.num_prompts]]
 
 
 def _conversation(table: PreparedTable, index: int) -> Conversation:

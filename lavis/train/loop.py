@@ -48,7 +48,7 @@ def train_loop(
     strategy: Strategy, loader: TrainLoader, span: Horizon, done: int, callbacks: Sequence[Callback]
 ) -> float:
     """Train from step `done` to the end of `span`; returns the seconds that the steps took, callbacks included."""
-    run, learner = strategy.run, strategy.learner
+    recipe, learner = strategy.recipe, strategy.learner
     for callback in callbacks:
         callback.on_start(done)
     started = time.perf_counter()
@@ -57,8 +57,8 @@ def train_loop(
         began = time.perf_counter()
         for batches in loader.steps(epoch, first):
             loaded = time.perf_counter()
-            torch.manual_seed(step_seed(run.seed, done, strategy.world.rank))
-            rate = learning_rate(run, span, done)
+            torch.manual_seed(step_seed(recipe.run.seed, done, strategy.world.rank))
+            rate = learning_rate(recipe.optim, span, done)
             result = strategy.step(learner.objective.before_step(batches, learner), rate, done + 1)
             done, ended = done + 1, time.perf_counter()
             last = done == span.total_steps

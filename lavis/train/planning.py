@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def run_planner(recipe: Recipe, tables: Sequence[PreparedTable], ranks: Ranks) -> Planner:
     """Plans of a run on this rank's hardware, for the longest row of its training `tables`."""
-    run, data = recipe.run, recipe.data
+    data = recipe.data
     lengths, supervised, images = (
         np.concatenate([getattr(t, name) for t in tables]) for name in ("lengths", "supervised_tokens", "num_images")
     )
@@ -36,7 +36,7 @@ def run_planner(recipe: Recipe, tables: Sequence[PreparedTable], ranks: Ranks) -
         }
     else:
         row = {"tokens": int(lengths.max()), "images": int(images.max()), "supervised": int(supervised.max())}
-    samples = run.batch_size_train * accumulation(run, ranks.data.size) * ranks.data.size
+    samples = recipe.train.micro_batch_size * accumulation(recipe, ranks.data.size) * ranks.data.size
     return Planner(recipe, Machine.this(ranks.world.device), samples=samples, **row)
 
 
@@ -59,8 +59,8 @@ def settle_recomputation(recipe: Recipe, texts: Texts, strategy: type[Strategy],
 
 def _needs_it(recipe: Recipe, tables: Sequence[PreparedTable], strategy: type[Strategy], ranks: Ranks) -> bool:
     planner = run_planner(recipe, tables, ranks)
-    layout = strategy.layout(recipe.run, ranks.world)
-    plan = planner.plan(layout, blocks=recipe.run.stage_blocks or None, recompute=False)
+    layout = strategy.layout(recipe, ranks.world)
+    plan = planner.plan(layout, blocks=recipe.parallel.stage_blocks or None, recompute=False)
     if plan.fits(planner.machine):
         return False
     log.info(

@@ -50,9 +50,9 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
 
     Raises LavisError for what a user can fix.
     """
-    if recipe.run.task == "tokenizer_training":
+    if recipe.objective.name == "tokenizer_training":
         return train_tokenizer(recipe)
-    strategy: type[Strategy] = STRATEGIES.get(recipe.run.runner)
+    strategy: type[Strategy] = STRATEGIES.get(recipe.parallel.strategy)
     strategy.require(recipe)
     with world(recipe.run.device, always=strategy.grouped) as w:
         job = prepare(recipe, strategy, w)
@@ -85,28 +85,27 @@ class Job:
 
     def evaluator(self, learner: Learner) -> Evaluator:
         """What measures `learner`."""
-        return Evaluator(self.recipe.run, self.texts, self.data, learner, self.folder)
+        return Evaluator(self.recipe, self.texts, self.data, learner, self.folder)
 
 
 def prepare(recipe: Recipe, strategy: type[Strategy], w: World) -> Job:
     """Open the run's folder and build what it needs."""
-    ranks = strategy.split(recipe.run, w)
+    ranks = strategy.split(recipe, w)
     opened = _open_folder(recipe, w)
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)
-    texts, objective = Texts.of(recipe), OBJECTIVES.get(recipe.run.task)()
+    texts, objective = Texts.of(recipe), OBJECTIVES.get(recipe.objective.name).from_config(recipe.objective)
     recipe = settle_recomputation(recipe, texts, strategy, ranks)
-    run = recipe.run
     with w.local_main_first():  # tables are made once and left on disk
         data = RunData(recipe, texts, ranks.data, with_images=ranks.sees)
-    span = None if run.evaluate else horizon(run, data.plan.steps_per_epoch)
+    span = None if recipe.run.evaluate else horizon(recipe.optim, recipe.train, data.plan.steps_per_epoch)
     learner = strategy.build(
         recipe, texts.tokenizer, objective, ranks, lambda: run_planner(recipe, data.train_tables, ranks)
     )
     learner.train()
     counts = parameter_counts(learner, ranks)
     if recipe.data.cache_features and ranks.sees:
-        data.cache_features(learner.image_encoder(), [p.image for p in run.sample_prompts if p.image])
+        data.cache_features(learner.image_encoder(), [p.image for p in recipe.eval.prompts if p.image])
     frozen = {key: identity(path) for key, path in frozen_files(recipe.model).items()}
     log.info("run folder %s; ready after %.1f s", opened.path, time.perf_counter() - started)
     return Job(recipe, strategy, ranks, opened.path, opened.checkpoint, texts, data, learner, span, counts, frozen)
@@ -128,11 +127,11 @@ def evaluate(job: Job) -> dict[str, Any]:
     if job.checkpoint:
         checked_state(job.checkpoint, job.frozen)
         _load(job, job.checkpoint)
-    evaluator, run = job.evaluator(job.learner), job.recipe.run
+    evaluator, recipe = job.evaluator(job.learner), job.recipe
     results = evaluator.test("test")
     if job.data.valid:
         results |= {f"valid/{name}": value for name, value in evaluator.validate().items()}
-    if run.evaluate_blind:
+    if recipe.eval.blind:
         results |= evaluator.test("blind", blind=True)
     return finish(job, {"results": results})
 
@@ -142,24 +141,24 @@ def evaluate(job: Job) -> dict[str, Any]:
 
 def train(job: Job) -> dict[str, Any]:
     """Train to the end of the run, from its checkpoint if there is one."""
-    span, run = job.span, job.recipe.run
+    span, recipe = job.span, job.recipe
     assert span
     if job.checkpoint:
         _load(job, job.checkpoint)
     describe(job, span)
     strategy = job.strategy(job.learner, job.recipe, job.ranks, job.data.plan.accum)
     done, best = resume(job, strategy, job.checkpoint) if job.checkpoint else (0, None)
-    metrics = MetricsLog(job.folder, run.trackers, done, span.total_steps) if job.world.is_main else None
+    metrics = MetricsLog(job.folder, recipe.log.trackers, done, span.total_steps) if job.world.is_main else None
 
     def write(kind: str, step: int, values: Mapping[str, Any]) -> None:
         if metrics and values:
             metrics.write(kind, step, values)
 
     evaluator = job.evaluator(strategy.learner)
-    validation = Validation(run, span.steps_per_epoch, evaluator, write)
-    tests = Tests(run, evaluator, write, span.total_steps)
+    validation = Validation(recipe, span.steps_per_epoch, evaluator, write)
+    tests = Tests(recipe, evaluator, write, span.total_steps)
     callbacks = (
-        StepLog(run, job.data, job.world, metrics),
+        StepLog(recipe, job.data, job.world, metrics),
         validation,
         SamplePrompts(evaluator, validation, span.total_steps),
         Checkpoints(job.recipe, job.folder / "checkpoints", strategy, job.data, validation, job.frozen, best),
@@ -181,8 +180,8 @@ def resume(job: Job, strategy: Strategy, checkpoint: Checkpoint) -> tuple[int, f
     if state.global_batch != now:
         raise CheckpointError(
             f"{checkpoint.path} was trained with {state.global_batch} rows per step, now it would be {now}"
-            " (batch_size_train x accum_grad_iters x ranks): keep the product to go on exactly, or set"
-            " run.global_batch_size."
+            " (micro_batch_size x accumulation x ranks): keep the product to go on exactly, or set"
+            " train.global_batch_size."
         )
     if job.world.is_main:
         drop_later(folder, state.step)
@@ -246,10 +245,10 @@ def finish(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export(job: Job) -> list[Path]:
-    """What later recipes load, written to `run.export`."""
-    run = job.recipe.run
-    if not run.export:
+    """What later recipes load, written to `export.path`."""
+    recipe = job.recipe
+    if not recipe.export.path:
         return []
-    folder = Path(run.export)
+    folder = Path(recipe.export.path)
     folder = folder if folder.is_absolute() else cache_root() / folder
-    return job.learner.model.export(folder, DTYPES[run.export_dtype], job.texts.tokenizer)
+    return job.learner.model.export(folder, DTYPES[recipe.export.dtype], job.texts.tokenizer)

@@ -19,17 +19,17 @@ log = logging.getLogger(__name__)
 
 
 def train_tokenizer(recipe: Recipe) -> dict[str, Any]:
-    """Learn the recipe's tokenizer and write it to run.export (under the cache folder); returns the summary that is
+    """Learn the recipe's tokenizer and write it to export.path (under the cache folder); returns the summary that is
     also written to summary.json.
     """
-    if not recipe.run.export:
-        raise ConfigError("run.export is empty: name the folder (under cache/) that the tokenizer is written to.")
+    if not recipe.export.path:
+        raise ConfigError("export.path is empty: name the folder (under cache/) that the tokenizer is written to.")
     started = time.perf_counter()
     folder = open_run_folder(recipe).path
     recipe.save(folder)
     training = TokenizerTraining(recipe)
     tokenizer = training.fit(examples_of(recipe, "train"))
-    written = [str(p) for p in training.export(tokenizer, cache_root() / Path(recipe.run.export))]
+    written = [str(p) for p in training.export(tokenizer, cache_root() / Path(recipe.export.path))]
     seconds = round(time.perf_counter() - started, 2)
     summary = {"vocab_size": len(tokenizer), "seconds": seconds, "written": written}
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")

@@ -124,7 +124,7 @@ def test_show_prints_origins_and_can_be_read_back(tmp_path: Path, capsys: pytest
     assert main(["configs", "show", RECIPE, "--options", "run.seed=5"]) == 0
     shown = capsys.readouterr().out
     assert "  seed: 5  # from --options" in shown
-    assert "  max_epoch: 10  # from lavis/projects/instruction_tuning/train.yaml" in shown
+    assert "  epochs: 10  # from lavis/projects/instruction_tuning/train.yaml" in shown
     saved = tmp_path / "shown.yaml"
     saved.write_text(shown)
     assert load_recipe(saved).to_dict() == load_recipe(RECIPE, ["run.seed=5"]).to_dict()

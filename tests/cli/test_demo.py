@@ -19,7 +19,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAVIS_CACHE": str(folder / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "lavis", "demo", "--options", LESS, "run.max_epoch=4"],
+        [sys.executable, "-m", "lavis", "demo", "--options", LESS, "train.epochs=4"],
         cwd=folder,
         env=environment,
         capture_output=True,

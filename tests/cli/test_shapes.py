@@ -9,7 +9,7 @@ def test_the_chain_is_in_order_and_every_recipe_stands_on_what_comes_before():
     names = list(CHAIN)
     for name, needs in CHAIN.items():
         assert all(names.index(need) < names.index(name) for need in needs)
-    exported = {name: load_recipe(f"shapes/{name}").run.export for name in names}
+    exported = {name: load_recipe(f"shapes/{name}").export.path for name in names}
     assert set(SHIPPED) <= {export.removeprefix("shapes/") for export in exported.values()}
     read = {n: vars(load_recipe(f"shapes/{n}").model) for n in (*names, "align")}
     assert read["stage2"]["llm_model"] == exported["llm_a"] and read["stage2"]["pretrained"].startswith(

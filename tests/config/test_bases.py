@@ -39,24 +39,24 @@ def test_mappings_merge_lists_replace_and_null_overrides(folder: Path) -> None:
     recipe = load_recipe(own)
     assert [entry.name for entry in recipe.data.train] == ["minigpt4_instruction", "llava_instruction"]
     assert (recipe.run.seed, recipe.run.output_dir) == (8, "out/8")
-    assert (recipe.run.trackers, recipe.run.grad_norm_clip) == (["swanlab"], None)
+    assert (recipe.log.trackers, recipe.optim.max_grad_norm) == (["swanlab"], None)
     assert recipe.place("run.seed") == f"{own}:3"
     assert recipe.place("run.output_dir") == f"{folder / 'base.yaml'}:9"
-    assert recipe.place("run.min_lr") == "schema"
+    assert recipe.place("optim.min_lr") == "schema"
 
 
 def test_several_levels_several_bases_and_one_of_them_twice(folder: Path) -> None:
     write(folder, "sub/a.yaml", "base: ../base.yaml\nrun: {seed: 1, max_epoch: 1}\n")
     write(folder, "sub/b.yaml", "base: [../base.yaml]\nrun: {max_epoch: 2}\n")
-    run = load_recipe(write(folder, "own.yaml", "base: [sub/a, sub/b]\n")).run
-    assert (run.seed, run.max_epoch) == (1, 2)  # b's own base, which a is above of, is not laid over a
+    recipe = load_recipe(write(folder, "own.yaml", "base: [sub/a, sub/b]\n"))
+    assert (recipe.run.seed, recipe.train.epochs) == (1, 2)  # b's own base, which a is above of, is not laid over a
 
 
 def test_a_shipped_recipe_is_a_base_by_its_name(folder: Path) -> None:
     own = write(folder, "own.yaml", "base: shapes/align\nrun: {seed: 3}\n")
-    recipe = load_recipe(own, ["run.max_steps=5"])
-    assert (recipe.run.seed, recipe.run.max_steps, recipe.run.init_lr) == (3, 5, 3e-3)
-    assert recipe.place("run.init_lr").startswith("lavis/projects/shapes/align.yaml:")
+    recipe = load_recipe(own, ["train.max_steps=5"])
+    assert (recipe.run.seed, recipe.train.max_steps, recipe.optim.lr) == (3, 5, 3e-3)
+    assert recipe.place("optim.lr").startswith("lavis/projects/shapes/align.yaml:")
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_check_takes_options(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_show_says_which_line_a_value_is_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = write(folder, "own.yaml", "base: base\nrun: {seed: 8}\n")
-    assert main(["configs", "show", str(own), "--options", "run.init_lr=1"]) == 0
+    assert main(["configs", "show", str(own), "--options", "optim.lr=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"  seed: 8  # from {own}:2" in lines
     assert f'  trackers: ["tensorboard", "wandb"]  # from {folder / "base.yaml"}:7' in lines
-    assert "  init_lr: 1.0  # from --options" in lines and "  min_lr: 1e-06  # from schema" in lines
+    assert "  lr: 1.0  # from --options" in lines and "  min_lr: 1e-06  # from schema" in lines

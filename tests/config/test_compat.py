@@ -31,14 +31,14 @@ run:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe of a time when run.seed was called run.random_seed, and run.shuffle set run.num_sample_prompts."""
+    """A recipe of a time when run.seed was called run.random_seed, and run.shuffle set eval.num_prompts."""
 
     def rules(values: Mapping[str, Any]) -> Iterator[Any]:
         shuffle = values["run"].get("shuffle")
         if isinstance(shuffle, str):
             yield Wrong("run.shuffle", f"{shuffle!r} is no number")
         elif shuffle is not None:
-            yield "run.num_sample_prompts", shuffle, ("run.shuffle",)
+            yield "eval.num_prompts", shuffle, ("run.shuffle",)
 
     monkeypatch.setattr(run, "RENAMES", {"run.random_seed": "run.seed"})
     monkeypatch.setitem(compat.RENAMES, "run.random_seed", "run.seed")
@@ -51,8 +51,8 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_older_names_are_read_in_every_layer_and_in_references(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["run.random_seed=9"])
-    assert (recipe.run.seed, recipe.run.num_sample_prompts, recipe.run.output_dir) == (9, 3, "out/9")
-    assert (recipe.origins["run.seed"], recipe.origins["run.num_sample_prompts"]) == ("--options", str(recipe_file))
+    assert (recipe.run.seed, recipe.eval.num_prompts, recipe.run.output_dir) == (9, 3, "out/9")
+    assert (recipe.origins["run.seed"], recipe.origins["eval.num_prompts"]) == ("--options", str(recipe_file))
 
 
 def test_a_saved_config_is_translated_too_and_without_a_word(
@@ -74,7 +74,7 @@ def test_they_are_mentioned_once(recipe_file: Path, caplog: pytest.LogCaptureFix
         load_recipe(recipe_file)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "these keys have newer names: run.shuffle -> run.num_sample_prompts, run.random_seed -> run.seed."
+        "these keys have newer names: run.shuffle -> eval.num_prompts, run.random_seed -> run.seed."
     )
 
 
@@ -145,3 +145,61 @@ def test_an_unknown_part_suggests_near_names() -> None:
     assert problems[0].message.startswith("unknown part 'wid'. Did you mean 'wide'")
     with pytest.raises(RegistryError):
         Part.choose({"name": "wid"})
+
+
+def test_a_key_under_both_names_is_refused_in_a_file_and_the_last_one_counts_among_options(recipe_file: Path) -> None:
+    options = ["run.random_seed=1", "run.seed=2"]
+    assert load_recipe(recipe_file, options).run.seed == 2
+    assert load_recipe(recipe_file, options[::-1]).run.seed == 1
+    recipe_file.write_text(RECIPE + "  seed: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_file)
+    said = f"run.random_seed ({recipe_file}:6): is the older name of run.seed, which stands here too: keep one of them."
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["run.task=language_modeling"], ("sft", "data_parallel")),
+        (["run.runner=deepspeed_runner", "run.task=deepspeed_image_text_pretrain"], ("sft", "zero")),
+        (["parallel.strategy=zero", "run.runner=pipeline_runner"], ("sft", "pipeline")),
+        (["run.runner=pipeline_runner", "parallel.strategy=zero"], ("sft", "zero")),
+    ],
+)
+def test_tasks_and_runners_are_objectives_and_strategies(options: list[str], found: tuple[str, str]) -> None:
+    recipe = load_recipe("shapes/align", options)
+    assert (recipe.objective.name, recipe.parallel.strategy) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["run.task=image_text_pretrian"], "run.task (--options): unknown task 'image_text_pretrian'. Did you mean"),
+        (["run.runner=deepspeed"], "unknown runner 'deepspeed'. Did you mean 'deepspeed_runner'"),
+        (["run.runner=tokenizer_runner"], "tokenizer_runner is for byte_level_bpe, and for nothing else"),
+        (["objective.name=stf"], "objective.name (--options): unknown objective 'stf'. Did you mean 'sft'"),
+    ],
+)
+def test_unknown_tasks_and_runners_are_refused(options: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("shapes/align", options)
+    assert said in str(caught.value)
+
+
+def test_the_originals_ways_to_name_a_checkpoint() -> None:
+    assert load_recipe("shapes/align", ["run.resume_ckpt_path=x/step-3"]).run.resume == "x/step-3"
+    folder = ["run.resume_ckpt_load_dir=x", "run.resume_ckpt_tag=step-3"]
+    assert load_recipe("shapes/align", folder).run.resume == "x/step-3"
+    assert load_recipe("shapes/align", ["run.resume_ckpt_load_dir=x"]).run.resume == "x"
+
+
+def test_references_to_older_names_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "base: shapes/align\nrun:\n  accum_grad_iters: 3\n  output_dir: out/${run.task}/${run.init_lr}\n"
+        "  deepspeed_config: {gradient_accumulation_steps: '${run.accum_grad_iters}'}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.run.output_dir == "out/sft/0.003"
+    assert recipe.parallel.deepspeed == {"gradient_accumulation_steps": 3}

@@ -50,7 +50,7 @@ def forget(registry: Registry[object], name: str) -> None:
 
 def test_a_file_beside_the_recipe_registers_names_before_they_are_read(parts: Path) -> None:
     recipe = load_recipe(parts / "own.yaml")
-    assert load_recipe(parts / "own.yaml").run.lr_sched == "halved"  # again: nothing is registered twice
+    assert load_recipe(parts / "own.yaml").optim.schedule == "halved"  # again: nothing is registered twice
     assert recipe.to_dict()["imports"] == ["my_parts.py"] and recipe.place("imports") == f"{parts / 'own.yaml'}:2"
     assert isinstance(pickle.loads(pickle.dumps(LR_SCHEDULES.get("halved")())), LR_SCHEDULES.get("halved"))
 
@@ -60,7 +60,7 @@ def test_a_base_and_the_working_directory_bring_imports_too(parts: Path, monkeyp
     (parts / "here" / "more.py").write_text(PARTS.format(name="thirds"))
     (parts / "derived.yaml").write_text("base: own\nimports: more.py\n")
     monkeypatch.chdir(parts / "here")
-    recipe = load_recipe(parts / "derived.yaml", ["run.lr_sched=thirds"])
+    recipe = load_recipe(parts / "derived.yaml", ["optim.schedule=thirds"])
     assert [item.name for item in recipe.imports] == ["my_parts.py", "more.py"]
 
 
@@ -138,5 +138,5 @@ def test_installed_packages_are_imported_and_a_broken_one_is_left_out(
     plugins.load_plugins.cache_clear()
     warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "lavis"):
-        assert load_recipe("shapes/align", ["run.lr_sched=quartered"]).run.lr_sched == "quartered"
+        assert load_recipe("shapes/align", ["optim.schedule=quartered"]).optim.schedule == "quartered"
     assert "plug-in no_such_parts of the package bad is left out: ModuleNotFoundError" in caplog.text

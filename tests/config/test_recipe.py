@@ -39,14 +39,14 @@ def error_of(path: Path, text: str = RECIPE, options: tuple[str, ...] = ()) -> s
 
 
 def test_later_layers_win_and_origins_name_them(recipe_file: Path) -> None:
-    recipe = load_recipe(recipe_file, ["run.init_lr=3e-5", "run.test_splits=[train]"])
+    recipe = load_recipe(recipe_file, ["optim.lr=3e-5", "run.test_splits=[train]"])
     expected = {
-        "run.min_lr": (1e-6, "schema"),
+        "optim.min_lr": (1e-6, "schema"),
         "model.llm.weights": ("ckpt/Qwen7B-chat", "lavis/configs/models/minigpt4qwen/qwen7b_chat.yaml"),
         "model.media.processor": ("blip2_image_eval", "lavis/configs/models/minigpt4qwen/qwen7b_chat.yaml"),
         "run.seed": (7, str(recipe_file)),
         "run.output_dir": ("out/7", str(recipe_file)),
-        "run.init_lr": (3e-5, "--options"),
+        "optim.lr": (3e-5, "--options"),
     }
     flat = recipe.flat()
     assert {key: (flat[key], recipe.origins[key]) for key in expected} == expected
@@ -74,7 +74,7 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
     assert f"run.init_lr ({recipe_file}:11): 'fast' has the wrong type: expected number" in message
     assert f"run.num_workers ({recipe_file}:12): -1 is below the smallest allowed value, 0" in message
     assert f"run.device ({recipe_file}:13): 'gpu' is not one of: auto, cpu, cuda" in message
-    assert f"run.task ({recipe_file}:14): unknown objective 'image_text_pretrian'. Did you mean" in message
+    assert f"run.task ({recipe_file}:14): unknown task 'image_text_pretrian'. Did you mean" in message
     assert "model.max_txt_length (--options): unknown key. Did you mean 'max_txt_len'" in message
 
 
@@ -85,11 +85,12 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
         (["run.train_qfromer=full"], "Did you mean 'train_qformer'"),
         (["model.arch=causal_lm", "model.model_type=default", "model.got_lara=true"], "unknown key. Did you mean"),
         (["model.lora_rank=3"], "Did you mean 'lora_r' or 'lora_parts'"),
+        (["model.zzz=3"], "unknown key. Known here: arch,"),
         (["runs.seed=3"], "unknown section. Did you mean 'run'"),
         (["model.arch=minigpt4qwn"], "(--options): unknown model 'minigpt4qwn'. Did you mean 'minigpt4qwen'"),
         (["model.model_type=qwen7b_caht"], "no type 'qwen7b_caht'. Did you mean 'qwen7b_chat'"),
         (["datasets.lava_instruction.format=auto"], "unknown dataset. Did you mean 'llava_instruction'"),
-        (["run.trackers=[tensorbord]"], "'tensorbord' is not one of: tensorboard, wandb, swanlab"),
+        (["log.trackers=[tensorbord]"], "'tensorbord' is not one of: tensorboard, wandb, swanlab"),
         (["datasets.minigpt4_instruction.vis_processor.train.name=blip2_image"], "unknown processor 'blip2_image'"),
         (["run.output_dir=${run.sed}"], "run.output_dir: Interpolation key 'run.sed' not found"),
         (["run.output_dir=2024"], "2024 has the wrong type: expected text (put it in quotes)"),
@@ -145,19 +146,19 @@ def test_unused_keys_of_old_recipes_warn_once(recipe_file: Path, caplog: pytest.
 
 
 def test_other_spellings_of_the_precision_are_read(recipe_file: Path) -> None:
-    assert load_recipe(recipe_file, ["run.autocast_dtype=bfloat16"]).run.autocast_dtype == "bf16"
+    assert load_recipe(recipe_file, ["run.autocast_dtype=bfloat16"]).train.autocast_dtype == "bf16"
 
 
 def test_numbers_are_read_as_their_field_wants(recipe_file: Path) -> None:
-    run = load_recipe(recipe_file, ["run.max_steps=1e3", "run.init_lr=1"]).run
-    assert (run.max_steps, type(run.max_steps), type(run.init_lr)) == (1000, int, float)
+    recipe = load_recipe(recipe_file, ["train.max_steps=1e3", "optim.lr=1"])
+    assert (recipe.train.max_steps, type(recipe.train.max_steps), type(recipe.optim.lr)) == (1000, int, float)
 
 
 def test_an_empty_section_means_the_defaults_but_a_null_value_overrides(recipe_file: Path) -> None:
     recipe_file.write_text(RECIPE.replace("    vis_processor:\n", "").replace("seed: 7", "seed: 7\n  grad_norm_clip:"))
     recipe = load_recipe(recipe_file)
     assert recipe.data.train[0].path is not None
-    assert recipe.run.grad_norm_clip is None
+    assert recipe.optim.max_grad_norm is None
 
 
 def test_missing_files_are_named_by_key_and_place(

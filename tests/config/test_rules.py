@@ -24,11 +24,11 @@ PROCESSOR = "datasets.llava_instruction.vis_processor"
         (["model.get_lora=true", "model.lora_parts=[]"], "needs a part to adapt"),
         (["model.vit.num_heads=5"], "can't be split over 5 heads"),
         (["model.qformer.hidden_size=100"], "model.connector.qformer: hidden_size 100"),
-        (["run.autocast_on_cpu=true", "run.autocast_dtype=fp16"], "does not work on the CPU"),
+        (["train.autocast_on_cpu=true", "train.autocast_dtype=fp16"], "does not work on the CPU"),
         (["run.train_dataset_ratios={lava_instruction: 1}"], "names lava_instruction"),
         (["run.valid_splits=[val]"], "no dataset has annotations for the split 'val' (known: train)"),
         (["run.train_splits=[]"], "run.train_splits is empty"),
-        (["run.min_lr=1"], "the rate would grow"),
+        (["optim.min_lr=1"], "the rate would grow"),
     ],
 )
 def test_an_impossible_combination_is_refused(options: list[str], said: str) -> None:
@@ -45,7 +45,7 @@ def test_an_impossible_combination_is_refused(options: list[str], said: str) -> 
         ["run.packing=true", "run.pack_length=256"],
         ["model.freeze_proj=true", "run.evaluate=true", "run.test_splits=[train]"],
         ["model.freeze_proj=true", "model.get_lora=true"],
-        ["run.autocast_on_cpu=true"],
+        ["train.autocast_on_cpu=true"],
         ["run.train_dataset_ratios={llava_instruction: 2}"],
     ],
 )

@@ -37,11 +37,3 @@ def test_a_name_has_a_dataclass_of_settings_beside_it() -> None:
         registry.config("mime")
     with pytest.raises(RegistryError, match="thing 'b' was registered without"):
         registry.config("b")
-
-
-def test_an_alias_is_another_spelling() -> None:
-    registry: Registry[object] = Registry("thing", aliases={"old": "new"})
-    registry.register("new")(int)
-    assert registry.get("old") is int and "old" in registry and registry.list() == ["new"]
-    with pytest.raises(RegistryError, match="Did you mean 'old'"):
-        registry.get("olds")

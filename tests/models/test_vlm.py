@@ -122,12 +122,12 @@ def test_queries_alone_can_be_trained():
 
 
 def test_rates_of_parts():
-    from lavis.config.schema import RunConfig
+    from lavis.config.sections import OptimConfig
     from lavis.parallel.optim import build_optimizer
 
     model = small_model(freeze_vit=False, freeze_llm=False)
     model.config.llm.lr_scale, model.config.tower.lr_scale = 0.1, 0.5
-    optimizer = build_optimizer(model, RunConfig(lr_layer_decay=0.5))
+    optimizer = build_optimizer(model, OptimConfig(layer_decay=0.5))
     scales = {p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     assert scales[model.llm_model.lm_head.weight] == 0.1 and scales[model.connector.llm_proj.weight] == 1.0
     assert [scales[block.mlp.fc1.weight] for block in model.visual_encoder.layers()] == [0.125, 0.25]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavis.config.schema import RunConfig
+from lavis.config.sections import OptimConfig
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.parallel.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from tests.models.conftest import small_model
@@ -10,7 +10,7 @@ from tests.models.conftest import small_model
 
 def test_no_decay_on_vectors_and_layerwise_rates_from_the_top_of_the_vit():
     model = small_model(freeze_vit=False)
-    optimizer = build_optimizer(model, RunConfig(weight_decay=0.3, lr_layer_decay=0.5))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3, layer_decay=0.5))
     set_learning_rate(optimizer, 1.0)
     found = {p: (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for p in g["params"]}
     vit = model.visual_encoder.model
@@ -24,7 +24,7 @@ def test_state_survives_by_name():
     torch.manual_seed(0)
     models = [nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    first, second = (build_optimizer(m, RunConfig()) for m in models)
+    first, second = (build_optimizer(m, OptimConfig()) for m in models)
     x = torch.randn(5, 3)
 
     def step(model, optimizer):
@@ -40,7 +40,7 @@ def test_state_survives_by_name():
     assert torch.equal(models[0].weight, models[1].weight)
     with pytest.raises(CheckpointError, match="state of other"):
         load_optimizer_tensors(
-            build_optimizer(nn.Bilinear(2, 2, 2, bias=False), RunConfig()),
+            build_optimizer(nn.Bilinear(2, 2, 2, bias=False), OptimConfig()),
             nn.Bilinear(2, 2, 2, bias=False),
             {"exp_avg.other": x},
         )
@@ -48,4 +48,4 @@ def test_state_survives_by_name():
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ConfigError, match="frozen"):
-        build_optimizer(small_model(freeze_proj=True), RunConfig())
+        build_optimizer(small_model(freeze_proj=True), OptimConfig())

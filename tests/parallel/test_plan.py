@@ -58,7 +58,7 @@ def test_zero_splits_what_it_says():
 
 
 def test_zero_3_has_its_share_and_the_weights_that_are_used_soon():
-    zero = "run.deepspeed_config.zero_optimization"
+    zero = "parallel.deepspeed.zero_optimization"
     p, near = (
         planner(),
         planner(
@@ -92,7 +92,7 @@ def test_the_command_proposes_what_a_recipe_takes(capsys):
     assert "--nproc_per_node=2" in command and "--num-stages 2" in command
     options = command.split("--options ")[1].split()
     recipe = load_recipe("pp_qwen14b/train_pp", options)
-    assert recipe.run.batch_size_train * recipe.run.accum_grad_iters == 128
+    assert recipe.train.micro_batch_size * recipe.train.accumulation == 128
     assert "stage 1: " in text and "data-parallel, 2 ranks" in text
 
 
@@ -117,7 +117,7 @@ def two_blocks(tmp_path, *changes):
     return load_recipe("shapes/align", [f"model.llm.weights={folder}", "model.max_length=64", *changes])
 
 
-TEXT = ["model.tower=null", "model.connector=null", "model.llm.train=lora", "run.task=language_modeling"]
+TEXT = ["model.tower=null", "model.connector=null", "model.llm.train=lora", "objective.name=sft"]
 TEXT += ["run.cache_features=false", "datasets.shapes_instruction.data_type=text"]
 
 

@@ -1,10 +1,13 @@
 """What is ours of ZeRO."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lavis.config.schema import RunConfig
+from lavis.config.recipe import load_recipe
+from lavis.config.sections import ParallelConfig
 from lavis.parallel.zero import engine_config
 from lavis.parallel.zero_engine import Linear
 
@@ -34,8 +37,9 @@ def test_a_linear_layer_keeps_its_input_only_where_it_is_trained(trained, bias):
 
 def test_no_more_is_set_aside_for_gradients_than_is_trained():
     def bucket(elements, **zero):
-        run = RunConfig(deepspeed_config={"zero_optimization": {"stage": 2, **zero}})
-        return engine_config(run, None, 1, trained=elements)["zero_optimization"]["reduce_bucket_size"]
+        parallel = ParallelConfig(deepspeed={"zero_optimization": {"stage": 2, **zero}})
+        recipe = replace(load_recipe("shapes/align"), parallel=parallel)
+        return engine_config(recipe, None, 1, trained=elements)["zero_optimization"]["reduce_bucket_size"]
 
     assert bucket(1000) == 1000
     assert bucket(10**9) == 500_000_000

@@ -14,10 +14,10 @@ RECIPE = "shapes/align"
     ("options", "differences"),
     [
         ([], []),
-        (["run.init_lr=1"], ["run.init_lr"]),
-        (["model.image_size=32", "run.seed=1"], ["model.tower.image_size", "run.seed"]),
-        (["run.max_epoch=3", "run.log_freq=1", "run.output_dir=elsewhere", "model.llm_grad_checkpoint=true"], []),
-        (["run.sample_prompts=[{prompt: What?}]", "run.deepspeed_config.steps_per_print=1"], []),
+        (["optim.lr=1"], ["optim.lr"]),
+        (["model.tower.image_size=32", "run.seed=1"], ["model.tower.image_size", "run.seed"]),
+        (["train.epochs=3", "log.every=1", "run.output_dir=elsewhere", "model.llm_grad_checkpoint=true"], []),
+        (["eval.prompts=[{prompt: What?}]", "parallel.deepspeed.steps_per_print=1"], []),
     ],
 )
 def test_keys_that_matter_for_going_on(tmp_path: Path, options: list[str], differences: list[str]) -> None:

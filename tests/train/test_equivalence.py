@@ -11,18 +11,18 @@ from tests.train.world import PICTURES, saved_tensors, train, train_lines, valid
 pytestmark = pytest.mark.usefixtures("deepspeed_operators")
 STEPS = 5
 LAYOUTS = {
-    "accumulation": (1, ["run.batch_size_train=2", "run.accum_grad_iters=4"]),
-    "data-parallel": (2, ["run.batch_size_train=4"]),
-    "a global batch size": (2, ["run.batch_size_train=2", "run.global_batch_size=8"]),
-    "data-parallel with accumulation": (2, ["run.batch_size_train=1", "run.accum_grad_iters=4"]),
-    "cached features": (1, ["run.batch_size_train=8", "run.cache_features=true"]),
-    "workers": (1, ["run.batch_size_train=8", "run.num_workers=2"]),
+    "accumulation": (1, ["train.micro_batch_size=2", "train.accumulation=4"]),
+    "data-parallel": (2, ["train.micro_batch_size=4"]),
+    "a global batch size": (2, ["train.micro_batch_size=2", "train.global_batch_size=8"]),
+    "data-parallel with accumulation": (2, ["train.micro_batch_size=1", "train.accumulation=4"]),
+    "cached features": (1, ["train.micro_batch_size=8", "run.cache_features=true"]),
+    "workers": (1, ["train.micro_batch_size=8", "run.num_workers=2"]),
 }
-ZERO = "run.deepspeed_config.zero_optimization"
+ZERO = "parallel.deepspeed.zero_optimization"
 LAYOUTS |= {
     f"ZeRO-{stage}": (
         2,
-        ["run.batch_size_train=2", "run.accum_grad_iters=2", "run.runner=deepspeed_runner", f"{ZERO}.stage={stage}"],
+        ["train.micro_batch_size=2", "train.accumulation=2", "parallel.strategy=zero", f"{ZERO}.stage={stage}"],
     )
     for stage in range(4)
 }
@@ -33,24 +33,30 @@ LAYOUTS["ZeRO-3, all on the CPU"] = (
     2,
     [*LAYOUTS["ZeRO-3"][1], f"{ZERO}.offload_optimizer={{device: cpu}}", f"{ZERO}.offload_param={{device: cpu}}"],
 )
-PIPELINE = ["run.batch_size_train=2", "run.runner=pipeline_runner"]
+PIPELINE = ["train.micro_batch_size=2", "parallel.strategy=pipeline"]
 LAYOUTS |= {
-    "pipeline of 2": (2, [*PIPELINE, "run.num_stages=2", "run.accum_grad_iters=4"]),
+    "pipeline of 2": (2, [*PIPELINE, "parallel.num_stages=2", "train.accumulation=4"]),
     "pipeline of 2, cut by hand": (
         2,
-        [*PIPELINE, "run.num_stages=2", "run.stage_blocks=[1,3]", "run.accum_grad_iters=4", "run.cache_features=true"],
+        [
+            *PIPELINE,
+            "parallel.num_stages=2",
+            "parallel.stage_blocks=[1,3]",
+            "train.accumulation=4",
+            "run.cache_features=true",
+        ],
     ),
-    "pipeline of 4": (4, [*PIPELINE, "run.num_stages=4", "run.accum_grad_iters=4"]),
-    "two pipelines of 2": (4, [*PIPELINE, "run.num_stages=2", "run.accum_grad_iters=2"]),
+    "pipeline of 4": (4, [*PIPELINE, "parallel.num_stages=4", "train.accumulation=4"]),
+    "two pipelines of 2": (4, [*PIPELINE, "parallel.num_stages=2", "train.accumulation=2"]),
 }
 # conversations without images among the others
 MIXED = [f"datasets.shapes_text.generate.{key}={n}" for key, n in PICTURES.items()]
-SAVED = ["run.save_freq=1", "run.keep_checkpoints=9", "run.valid_splits=[val]", "run.max_new_tokens=2"]
+SAVED = ["checkpoint.every=1", "checkpoint.keep=9", "run.valid_splits=[val]", "eval.max_new_tokens=2"]
 
 
 @pytest.fixture(scope="module")
 def single(cache, tmp_path_factory):
-    return train(cache, tmp_path_factory.mktemp("single"), "run.batch_size_train=8", *MIXED, *SAVED)
+    return train(cache, tmp_path_factory.mktemp("single"), "train.micro_batch_size=8", *MIXED, *SAVED)
 
 
 SLOW = {
@@ -82,7 +88,7 @@ PACKED_LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def single_packed(cache, tmp_path_factory):
-    return train(cache, tmp_path_factory.mktemp("packed"), "run.batch_size_train=8", *PACKED, *MIXED, *SAVED)
+    return train(cache, tmp_path_factory.mktemp("packed"), "train.micro_batch_size=8", *PACKED, *MIXED, *SAVED)
 
 
 @pytest.mark.parametrize("layout", some(PACKED_LAYOUTS, set(PACKED_LAYOUTS) - {"pipeline of 2"}))
@@ -116,7 +122,7 @@ def tiled_data(cache):
 @pytest.fixture(scope="module")
 def single_tiled(cache, tiled_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiled")
-    return train(cache, folder, "run.batch_size_train=8", "run.save_freq=1", "run.keep_checkpoints=9",
+    return train(cache, folder, "train.micro_batch_size=8", "checkpoint.every=1", "checkpoint.keep=9",
                  model=TILED, data=tiled_data)  # fmt: skip
 
 
@@ -128,7 +134,7 @@ TILED_LAYOUTS = [*PACKED_LAYOUTS, "cached features", "workers"]
 )
 def test_any_layout_equals_a_single_process_with_tiles_and_documents(cache, tmp_path, single_tiled, tiled_data, layout):
     ranks, options = LAYOUTS[layout]
-    more = ["run.save_freq=1", "run.keep_checkpoints=9"]
+    more = ["checkpoint.every=1", "checkpoint.keep=9"]
     run = train(cache, tmp_path, *options, *more, ranks=ranks, model=TILED, data=tiled_data)
     assert_same_training(single_tiled, run)
 
@@ -154,7 +160,13 @@ def test_packed_rows_equal_the_same_samples_padded(cache, tmp_path):
     from tests.train.world import write_recipe
 
     packed = train(
-        cache, tmp_path, "run.packing=true", "run.pack_length=512", "run.batch_size_train=2", "run.max_steps=3", *SAVED
+        cache,
+        tmp_path,
+        "run.packing=true",
+        "run.pack_length=512",
+        "train.micro_batch_size=2",
+        "train.max_steps=3",
+        *SAVED,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAVIS_CACHE", str(cache))

@@ -52,7 +52,7 @@ def run(cache, folder, ranks, options):
 
 @pytest.fixture(scope="module")
 def single(cache, tmp_path_factory):
-    return run(cache, tmp_path_factory.mktemp("own"), 1, ["run.batch_size_train=1", "run.accum_grad_iters=8", *MIXED])
+    return run(cache, tmp_path_factory.mktemp("own"), 1, ["train.micro_batch_size=1", "train.accumulation=8", *MIXED])
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def single(cache, tmp_path_factory):
 def test_it_is_the_same_under_every_strategy(cache, tmp_path, single, layout):
     ranks, options = LAYOUTS[layout]
     # which positions are the last third depends on the micro-batch, which therefore is one row everywhere
-    options = [o for o in options if not o.startswith(("run.batch_size_train", "run.accum_grad_iters"))]
+    options = [o for o in options if not o.startswith(("train.micro_batch_size", "train.accumulation"))]
     accumulation = 8 if layout.startswith("pipeline") else 8 // ranks
-    options += ["run.batch_size_train=1", f"run.accum_grad_iters={accumulation}", *MIXED]
+    options += ["train.micro_batch_size=1", f"train.accumulation={accumulation}", *MIXED]
     lines = train_lines(run(cache, tmp_path, ranks, options))
     for want, got in zip(train_lines(single), lines, strict=True):
         for name in ("loss", "first", "second", "sure", "grad_norm"):

@@ -90,12 +90,12 @@ def test_a_damaged_checkpoint_is_passed_over(cache, tmp_path, uninterrupted):
     assert_same_end(run, uninterrupted)
 
 
-ZERO = "run.deepspeed_config.zero_optimization"
+ZERO = "parallel.deepspeed.zero_optimization"
 RUNNERS = {
     "data-parallel": [],
-    "ZeRO-2": ["run.runner=deepspeed_runner", f"{ZERO}.stage=2"],
-    "ZeRO-3": ["run.runner=deepspeed_runner", f"{ZERO}.stage=3", f"{ZERO}.stage3_param_persistence_threshold=1"],
-    "pipeline": ["run.runner=pipeline_runner", "run.num_stages=2"],
+    "ZeRO-2": ["parallel.strategy=zero", f"{ZERO}.stage=2"],
+    "ZeRO-3": ["parallel.strategy=zero", f"{ZERO}.stage=3", f"{ZERO}.stage3_param_persistence_threshold=1"],
+    "pipeline": ["parallel.strategy=pipeline", "parallel.num_stages=2"],
 }
 
 
@@ -149,30 +149,30 @@ def failing(cache, folder, *options):
 
 
 def test_resuming_something_else_is_refused(cache, tmp_path):
-    first = train(cache, tmp_path, "run.save_freq=2")
+    first = train(cache, tmp_path, "checkpoint.every=2")
     assert "model.num_query_token" in failing(cache, tmp_path, f"run.resume={first}", "model.num_query_token=3")
-    assert "rows per step" in failing(cache, tmp_path, f"run.resume={first}", "run.batch_size_train=2")
+    assert "rows per step" in failing(cache, tmp_path, f"run.resume={first}", "train.micro_batch_size=2")
     assert "no complete checkpoint" in failing(cache, tmp_path, "run.resume=nowhere")
 
 
 def test_changed_frozen_weights_are_refused(cache, tmp_path):
     own = tmp_path / "cache"
     shutil.copytree(cache, own)
-    first = train(own, tmp_path, "run.max_steps=3", "run.save_freq=1")
+    first = train(own, tmp_path, "train.max_steps=3", "checkpoint.every=1")
     from safetensors.torch import load_file, save_file
 
     file = own / "tiny/tower.safetensors"
     tensors = load_file(file)
     tensors["ln_vision.bias"] += 1
     save_file(tensors, file)
-    message = failing(own, tmp_path, f"run.resume={first}", "run.max_steps=3")
+    message = failing(own, tmp_path, f"run.resume={first}", "train.max_steps=3")
     assert "other frozen weights" in message and "model.pretrained" in message
 
 
 def test_a_finished_run_is_not_resumed_by_auto(cache, tmp_path):
-    train(cache, tmp_path, "run.max_steps=3")
+    train(cache, tmp_path, "train.max_steps=3")
     done = subprocess.run(
-        command(tmp_path / "recipe.yaml", "run.max_steps=3", "run.resume=auto"),
+        command(tmp_path / "recipe.yaml", "train.max_steps=3", "run.resume=auto"),
         cwd=tmp_path,
         env=environment(cache),
         timeout=300,

@@ -49,11 +49,11 @@ def test_a_run_leaves_what_it_promises(cache, tmp_path):
 
 def test_the_exported_projection_is_the_trained_one_and_evaluates_alone(cache, tmp_path):
     run = train(
-        cache, tmp_path, "run.test_splits=[test]", "run.max_new_tokens=3", f"run.export={tmp_path / 'exported'}"
+        cache, tmp_path, "run.test_splits=[test]", "eval.max_new_tokens=3", f"export.path={tmp_path / 'exported'}"
     )
     expected = json.loads((run / "summary.json").read_text())["results"]
     (run.parent / run.name).rename(tmp_path / "first")
-    options = ["run.test_splits=[test]", "run.max_new_tokens=3", "model.load_finetuned=true"]
+    options = ["run.test_splits=[test]", "eval.max_new_tokens=3", "model.load_finetuned=true"]
     again = train(
         cache, tmp_path, "run.evaluate=true", *options, f"model.finetuned={tmp_path / 'exported/tower.safetensors'}"
     )
@@ -61,7 +61,7 @@ def test_the_exported_projection_is_the_trained_one_and_evaluates_alone(cache, t
 
 
 def test_a_run_is_evaluated_from_its_checkpoint_into_a_folder_of_its_own(cache, tmp_path):
-    options = ["run.test_splits=[test]", "run.max_new_tokens=3"]
+    options = ["run.test_splits=[test]", "eval.max_new_tokens=3"]
     run = train(cache, tmp_path, *options)
     config = (run / "config.yaml").read_text()
     done = subprocess.run(
@@ -78,7 +78,7 @@ def test_a_run_is_evaluated_from_its_checkpoint_into_a_folder_of_its_own(cache, 
 
 def test_mixed_precision_on_the_cpu_stays_near_fp32(cache, tmp_path):
     exact = train_lines(train(cache, tmp_path / "fp32"))
-    mixed = train_lines(train(cache, tmp_path / "bf16", "run.autocast_on_cpu=true"))
+    mixed = train_lines(train(cache, tmp_path / "bf16", "train.autocast_on_cpu=true"))
     assert all(abs(a["loss"] - b["loss"]) < 0.05 * a["loss"] for a, b in zip(exact, mixed, strict=True))
     assert [a["loss"] for a in exact] != [b["loss"] for b in mixed]
 
@@ -100,11 +100,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(cache, tmp_path):
     message = stops(
         cache,
         tmp_path,
-        "run.init_lr=1e36",
-        "run.warmup_steps=0",
-        "run.grad_norm_clip=null",
-        "run.save_freq=1",
-        "run.min_lr=0",
+        "optim.lr=1e36",
+        "optim.warmup_steps=0",
+        "optim.max_grad_norm=null",
+        "checkpoint.every=1",
+        "optim.min_lr=0",
     )
     assert "nothing was saved" in message
     checkpoints = list((only_run(tmp_path) / "checkpoints").iterdir())
@@ -116,10 +116,10 @@ def test_too_many_broken_images_stop_the_run_and_few_do_not(cache, tmp_path):
 
     own = tmp_path / "cache"
     shutil.copytree(cache, own)
-    train(own, tmp_path / "fine", "run.max_steps=3")  # makes the pictures
+    train(own, tmp_path / "fine", "train.max_steps=3")  # makes the pictures
     pictures = sorted((own / "dataset/shapes/images").glob("train_*"))
     pictures[0].write_bytes(b"no picture")
-    options = ("run.batch_size_train=24", "run.max_steps=6")
+    options = ("train.micro_batch_size=24", "train.max_steps=6")
     run = train(own, tmp_path / "few", *options, "run.max_bad_image_share=0.2")
     assert "can't be read" in (run / "log.txt").read_text()
     (tmp_path / "many").mkdir()

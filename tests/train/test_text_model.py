@@ -23,14 +23,14 @@ NEW = {
     },
 }  # fmt: skip
 LAYOUTS = {
-    "data-parallel": (2, ["run.batch_size_train=4"]),
-    "ZeRO-2": (2, ["run.batch_size_train=4", "run.runner=deepspeed_runner"]),
+    "data-parallel": (2, ["train.micro_batch_size=4"]),
+    "ZeRO-2": (2, ["train.micro_batch_size=4", "parallel.strategy=zero"]),
     "pipeline of 2": (
         2,
-        ["run.batch_size_train=2", "run.accum_grad_iters=4", "run.runner=pipeline_runner", "run.num_stages=2"],
+        ["train.micro_batch_size=2", "train.accumulation=4", "parallel.strategy=pipeline", "parallel.num_stages=2"],
     ),
 }
-LAYOUTS["ZeRO-2"][1].append("run.deepspeed_config.zero_optimization.stage=2")
+LAYOUTS["ZeRO-2"][1].append("parallel.deepspeed.zero_optimization.stage=2")
 
 
 def train_text(cache, folder, llm, *options, ranks=1, **sections):
@@ -70,16 +70,16 @@ def test_any_layout_equals_a_single_process(cache, tmp_path, single, layout):
 
 
 def test_a_run_starts_from_another_one(cache, tmp_path):
-    first = train_text(cache, tmp_path / "first", LORA, "run.max_steps=1", "run.warmup_steps=0")
+    first = train_text(cache, tmp_path / "first", LORA, "train.max_steps=1", "optim.warmup_steps=0")
     init = [{"from": str(first), "parts": ["llm"]}]
     second = train_text(
         cache,
         tmp_path / "second",
         LORA,
-        "run.max_steps=1",
-        "run.warmup_steps=0",
-        "run.init_lr=0.0",
-        "run.min_lr=0.0",
+        "train.max_steps=1",
+        "optim.warmup_steps=0",
+        "optim.lr=0.0",
+        "optim.min_lr=0.0",
         init=init,
     )
     before, after = (load_file(run / "checkpoints/step-1/trainable.safetensors") for run in (first, second))

@@ -50,7 +50,7 @@ def hosts():
     "options",
     [
         pytest.param([], id="data-parallel"),
-        pytest.param(["run.runner=pipeline_runner", "run.num_stages=2"], id="pipeline", marks=pytest.mark.slow),
+        pytest.param(["parallel.strategy=pipeline", "parallel.num_stages=2"], id="pipeline", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("deepspeed_operators")

@@ -20,6 +20,8 @@ from lavis.config.compat.outcome import Wrong
 _MODULES = (model, data, run)
 RENAMES: dict[str, str] = {old: new for module in _MODULES for old, new in module.RENAMES.items()}
 """Old dotted key to new one. A key of a mapping stands for all below it."""
+UNUSED: dict[str, str] = run.UNUSED
+"""Old dotted keys that say nothing any more, and why."""
 
 Plain = dict[str, Any]
 
@@ -41,11 +43,22 @@ def translate(layers: Sequence[Mapping[str, Any]]) -> Translated:
         for layer in new:
             for old in module.CONSUMED:
                 _take(layer, old)
-            for old, target in module.RENAMES.items():
-                if holds(layer, old):
-                    _put(layer, target, _take(layer, old))
-                    result.found.append((old, target))
+        for layer, written in zip(new, layers, strict=True):
+            _rename(module.RENAMES, layer, written, result)
     return Translated([_with_references(layer) for layer in new], list(dict.fromkeys(result.found)), result.wrong)
+
+
+def _rename(names: Mapping[str, str], layer: Plain, written: Mapping[str, Any], result: Translated) -> None:
+    for old, target in names.items():
+        if not holds(layer, old):
+            continue
+        value = _take(layer, old)
+        if isinstance(value, (str, bool)):  # 1 is no `true`, though Python says so
+            value = run.VALUES.get(old, {}).get(value, value)
+        if holds(written, target) and not isinstance(value, Mapping):
+            result.wrong.append(Wrong(old, f"is the older name of {target}, which stands here too: keep one of them"))
+        _put(layer, target, value)
+        result.found.append((old, target))
 
 
 def _apply_rules(module: ModuleType, result: Translated) -> None:
@@ -123,10 +136,11 @@ def _with_references(value: Any) -> Any:
 
 def _renamed(key: str) -> str:
     """`key`, or what stands for it or for a section around it in RENAMES."""
+    names = RENAMES | run.REFERENCES
     head, tail = key, ""
     while head:
-        if head in RENAMES:
-            return RENAMES[head] + tail
+        if head in names:
+            return names[head] + tail
         head, dot, last = head.rpartition(".")
         tail = f"{dot}{last}{tail}"
     return key
@@ -138,6 +152,12 @@ def older_names(section: str | None = None) -> list[str]:
     if section is None:
         return list(olds)
     return [name for above, _, name in (key.rpartition(".") for key in olds) if above == section]
+
+
+def other_names(key: str) -> list[str]:
+    """What else the dotted `key` is called: its newer name, or its older ones."""
+    names = RENAMES | run.REFERENCES
+    return [names[key]] if key in names else [old for old, new in names.items() if new == key]
 
 
 def leaves(values: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from lavis.config.compat.dataset_section import (
     splits_of,
 )
 from lavis.config.compat.old_over_lists import over_lists
-from lavis.config.compat.outcome import Wrong
+from lavis.config.compat.outcome import Outcome, Wrong
 from lavis.config.schema import as_list
 from lavis.config.typed import Problem, read_dataclass
 from lavis.core.errors import did_you_mean
@@ -40,8 +40,6 @@ _MEDIA = {
 _BLIND = ("causal_lm", "byte_level_bpe")
 """Architectures without images."""
 
-Outcome = tuple[str, Any, tuple[str, ...]] | Wrong
-
 
 def rules(values: Mapping[str, Any]) -> Iterator[Outcome]:
     """(new key, value, old keys it follows from) of what more than one old key says, from the merged layers."""
@@ -58,13 +56,13 @@ def rules(values: Mapping[str, Any]) -> Iterator[Outcome]:
 def _problems(datasets: Mapping[str, Any]) -> Iterator[Wrong]:
     for name, section in datasets.items():
         if name not in DATASETS and name not in SOURCES:
-            hint = did_you_mean(str(name), DATASETS).rstrip("?")
-            yield Wrong(f"datasets.{name}", f"unknown dataset.{hint or ' Known: ' + ', '.join(DATASETS)}")
+            hint = did_you_mean(str(name), DATASETS) or f" Known: {', '.join(DATASETS)}"
+            yield Wrong(f"datasets.{name}", f"unknown dataset.{hint}")
         problems: list[Problem] = []
         read_dataclass(DatasetSection, _without_references(section), f"datasets.{name}", problems)
         for problem in problems:
             last = problem.key.rsplit(".", 1)[-1]
-            hint = did_you_mean(last, problem.siblings).rstrip("?") if problem.siblings else ""
+            hint = did_you_mean(last, problem.siblings) if problem.siblings else ""
             yield Wrong(problem.key, f"{problem.message}.{hint}" if hint else problem.message)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from lavis.config.compat.dataset_section import RATIOS, SHAPES_SPLITS, SPLITS, entry_of, get
-from lavis.config.compat.outcome import Wrong
+from lavis.config.compat.outcome import Outcome, Wrong
 from lavis.config.schema import as_list
 
 Entry = dict[str, Any]
-Outcome = tuple[str, Any, tuple[str, ...]] | Wrong
 
 
 def over_lists(values: Mapping[str, Any], datasets: Mapping[str, Any]) -> Iterator[Outcome]:

@@ -1,8 +1,8 @@
-"""What a rule of translation yields where there is nothing to translate to."""
+"""What a rule of translation yields."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Wrong(NamedTuple):
@@ -10,3 +10,7 @@ class Wrong(NamedTuple):
 
     key: str
     message: str
+
+
+Outcome = tuple[str, Any, tuple[str, ...]] | Wrong
+"""(new key, value, old keys it follows from), or what is wrong where there is nothing to translate to."""
