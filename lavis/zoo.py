@@ -1,4 +1,4 @@
-"""LAVIS's front door: models, processors and datasets by name."""
+"""LAVIS's own API: models, processors and datasets by name."""
 
 from __future__ import annotations
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from lavis.core.registries import CONNECTORS, MODEL_CONFIGS, MODELS, TOWERS
 
 ROOT = Path(__file__).resolve().parents[1] / "lavis"
 ORDER = (
@@ -81,3 +83,30 @@ def test_modules_and_functions_are_short():
         functions += [(node.end_lineno or node.lineno) - node.lineno + 1 for node in nodes]
     assert not (long := {name: n for name, n in lengths.items() if n > 400}), long
     assert statistics.median(functions) <= 10 and max(functions) <= 60
+
+
+def test_architectures_are_named_in_their_own_modules_alone():
+    """What is special to a part is asked of its section or class: no one else compares names or classes of parts."""
+    own = ("models", "config/compat", "core/registries.py", "core/registry.py", "export", "tokens", "data/dialects")
+    names = {*TOWERS.list(), *CONNECTORS.list(), *MODELS.list(), *MODEL_CONFIGS.list()}
+    classes = {get(name).__name__ for get, name in _part_classes()}
+    found = []
+    for path in MODULES:
+        where = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            compared = isinstance(node, ast.Compare) and {
+                n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            }
+            checked = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"
+            kinds = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} if checked else set()
+            if not where.startswith(own) and ((compared or set()) & names or kinds & classes):
+                found.append(f"{where}:{node.lineno}")
+    assert not found, found
+
+
+def _part_classes() -> Iterator[tuple[Callable[[str], type], str]]:
+    for registry in (TOWERS, CONNECTORS, MODELS):
+        yield from ((registry.get, name) for name in registry.list())
+    for registry in (TOWERS, CONNECTORS):
+        yield from ((registry.config, name) for name in registry.list())
+    yield from ((MODEL_CONFIGS.get, name) for name in MODEL_CONFIGS.list())

@@ -1,4 +1,4 @@
-"""The console command `lavis` and the doors at the root of the repository that call it.
+"""The console command `lavis` and what the scripts at the root of the repository call.
 
 Each subcommand is a module here with `add_arguments(parser)` and `run(args) -> int`; it is imported only when chosen,
 and imports what is heavy inside `run`, so that help and errors come at once.
@@ -36,7 +36,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit code.
 
-    Errors a user can mend are printed as one message on stderr, without a traceback.
+    Errors a user can fix are printed as one message on stderr, without a traceback.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     lang = args.lang or default_language()
     screen = Screen(interactive=args.question is None and sys.stdin.isatty(), markdown=args.markdown)
     changes = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
-    GenerationSettings().with_values(changes)  # a wrong number is told before the model is loaded
+    GenerationSettings().with_values(changes)  # a wrong number is refused before the model is loaded
     screen.note(WORDING[lang]["loading"])
 
     from lavis.generation.engine import Engine

@@ -60,7 +60,7 @@ def _lines(file: NeededFile, place: Path | None) -> list[str]:
 
 
 def _download(files: list[NeededFile]) -> None:
-    """Fetch what is missing; what can't be is told on stderr, and the next one is tried."""
+    """Fetch what is missing; what can't be fetched is said on stderr, and the next one is tried."""
     from lavis.core.errors import LavisError
     from lavis.weights.sources import location, source_of
 

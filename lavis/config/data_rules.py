@@ -83,23 +83,18 @@ def fractions(recipe: Recipe) -> Iterator[str]:
 
 def kinds(recipe: Recipe) -> Iterator[str]:
     """Rows that the architecture can read, and in `test` such as have an answer."""
-    arch = recipe.model.arch
+    arch, form = recipe.model.arch, recipe.model.row_format
     for i, entry in enumerate(recipe.data.test):
         if entry.kind == "document":
             yield f"data.test.{i} holds documents, which nobody answers: list it under data.valid to have its loss."
     for key, entry in recipe.data.entries():
-        if (
-            arch == "byte_level_bpe"
-            or entry.fraction is not None
-            or (entry.kind == "caption") == (arch == "blip2_qformer")
-        ):
+        if form is None or entry.fraction is not None or (entry.kind == "caption") == (form == "caption"):
             continue
-        wanted = "caption" if arch == "blip2_qformer" else "conversation, document, pair or prompt"
+        wanted = "caption" if form == "caption" else "conversation, document, pair or prompt"
         yield f"{key}.kind is {entry.kind}, but model.arch {arch!r} takes {wanted}."
-    if arch == "blip2_qformer" and recipe.data.packing:
+    if form == "caption" and recipe.data.packing:
         yield (
-            "data.packing does not go with blip2_qformer, which compares images with captions row by row: set it to"
-            " false."
+            f"data.packing does not go with {arch}, which compares images with captions row by row: set it to false."
         )
 
 
@@ -116,8 +111,9 @@ def media(recipe: Recipe) -> Iterator[str]:
             yield f"{name} crops at random, which does not go with {cut}: use blip2_image_eval, or tiling none."
         if settings.resize != "square":
             yield f"model.media.resize {settings.resize} does not go with {cut}, which pads by itself: use square."
-        if recipe.model.arch == "blip2_qformer":
-            yield f"{cut} does not go with blip2_qformer, which compares whole pictures with captions: set it to none."
+        if recipe.model.row_format == "caption":
+            arch = recipe.model.arch
+            yield f"{cut} does not go with {arch}, which compares whole pictures with captions: set it to none."
     if recipe.data.cache_features:
         for name in random:
             yield f"data.cache_features keeps one view, but {name} crops at random: use blip2_image_eval."

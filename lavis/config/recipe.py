@@ -2,7 +2,7 @@
 
 Later layers win: schema < lavis/configs/models/<model.preset>.yaml < the recipes that `base` names < recipe <
 --options. Where a recipe has the older `datasets.<builder>`, lavis/configs/datasets/<builder>.yaml lies below it.
-Nothing here imports torch: a wrong recipe is told in a fraction of a second.
+Nothing here imports torch: a wrong recipe is refused in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ += ["load_saved", "missing_files", "model_types", "recipe_from_dict", "s
 def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
     """Read the recipe at `path` (a file, or a shipped one's name such as `shapes/align`) with `a.b=value` overrides.
 
-    Raises ConfigError listing every unknown key and wrong value, or else every impossible combination, with the mend.
+    Raises ConfigError listing every unknown key and wrong value, or else every impossible combination, with the fix.
     """
     file = find_recipe(path)
     user = [*recipe_layers(file), options_layer(options)]

@@ -1,4 +1,4 @@
-"""Combinations of recipe values that can't work. Each rule yields messages that name the mend."""
+"""Combinations of recipe values that can't work. Each rule yields messages that say how to fix it."""
 
 from __future__ import annotations
 

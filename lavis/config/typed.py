@@ -1,4 +1,4 @@
-"""Plain values (from YAML) into the schema's dataclasses. What does not fit is collected, to be told at once."""
+"""Plain values (from YAML) into the schema's dataclasses. What does not fit is collected, to be reported at once."""
 
 from __future__ import annotations
 

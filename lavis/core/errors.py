@@ -1,6 +1,6 @@
-"""Errors a user can mend.
+"""Errors a user can fix.
 
-Each says what was wrong, where, and the mend; the commands print them without a traceback.
+Each says what was wrong, where, and how to fix it; the commands print them without a traceback.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class _Task(NamedTuple):
 
 
 class _StepOrder(Sampler[_Task]):
-    """What workers are told to load, from a given step on."""
+    """What workers load, from a given step on."""
 
     def __init__(self, plan: StepPlan, rank: int, seed: int) -> None:
         self._plan, self._rank, self._seed = plan, rank, seed

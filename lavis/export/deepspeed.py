@@ -224,7 +224,7 @@ def _check_blocks(ckpt_dir: Path, blocks: Mapping[int, Tensors]) -> None:
 
 
 def _what_it_is(ckpt_dir: Path) -> str:
-    """The mend for a folder that has not what is asked for."""
+    """What to do about a folder that has not what is asked for."""
     if list(ckpt_dir.glob("layer_*-model_states.pt")):
         return "It is a checkpoint of the pipeline: use pipe_proj2pth, or pipemodel2pth for a trained LLM."
     if (ckpt_dir / MODEL_STATES).is_file():

@@ -78,7 +78,7 @@ class StockExporter(Exporter):
         settings = copy.deepcopy(model.llm_model.generation_config)
         settings.eos_token_id, settings.pad_token_id = list(template.stop_token_ids), template.pad_token_id
         settings.max_new_tokens = MAX_NEW_TOKENS
-        settings._from_model_config = False  # else stock generation would make it anew from the configuration
+        settings._from_model_config = False  # else stock generation would make it from the configuration
         stock.generation_config = settings
         stock.save_pretrained(folder, max_shard_size=max_shard_size)
         # What stock transformers loads when asked for no type. save_pretrained wrote that of the first tensor.

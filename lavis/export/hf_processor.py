@@ -167,7 +167,7 @@ def chat_template(template: ChatTemplate, image_token: str, boundaries: Boundari
 
 
 def probe(processor: Any, template: ChatTemplate) -> list[str]:
-    """The probes whose ids differ, told in a line each."""
+    """The probes whose ids differ, in a line each."""
     found = []
     # probes are not cut
     template = ChatTemplate(template.tokenizer, template.media, max_length=1 << 20, system=template.system)

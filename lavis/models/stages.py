@@ -155,7 +155,7 @@ class Stage(nn.Module):
 
     images: pixel_values [N, 3, S, S] or features [N, Q, D], N may be 0 for the latter. What crosses a boundary is one
     float tensor and
-    integer positions; masks and rotary tables are made anew from these.
+    integer positions; masks and rotary tables are made from these on each stage.
     """
 
     def __init__(

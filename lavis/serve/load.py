@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lavis.config.compat.model import ORIGINAL
 from lavis.config.files import missing_of, model_files
 from lavis.config.init import Init, inits
 from lavis.config.recipe import load_model_config
@@ -129,7 +130,7 @@ def _of_type(
 ) -> ChatModel:
     adapters = checkpoint if checkpoint is not None and (checkpoint / "adapter_config.json").is_file() else None
     folder, _, name = model_type.rpartition("/")
-    section: Any = load_model_config(folder or "minigpt4qwen", name, options)
+    section: Any = load_model_config(folder or ORIGINAL, name, options)
     config = _for_chat(section, device_map)
     init = [] if adapters else _trained_parts(model_type, config, checkpoint)
     if adapters:

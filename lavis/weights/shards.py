@@ -49,7 +49,7 @@ class Shards:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, mapped from its file: only what is used of it is read.
 
-        Its file is opened anew each time, so that no more than the tensors in use stays in memory.
+        Its file is opened again each time, so that no more than the tensors in use stays in memory.
         """
         return read_tensors(self._files[name])[name]
 

@@ -50,7 +50,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     file = resolve(path)
     if not file.is_file():
         raise CheckpointError(
-            f"weight file {str(path)!r} does not exist (looked for {file}). Put it there or mend the recipe."
+            f"weight file {str(path)!r} does not exist (looked for {file}). Put it there or fix the recipe."
         )
     with reading(file):
         if file.suffix == ".safetensors":

@@ -41,7 +41,9 @@ FROZEN = {
     "vit_pretrained": "tower.weights",
 }
 """Old names of frozen weights in checkpoints to those of today."""
-_FOLDERS = ("minigpt4qwen", "causal_lm", "blip2_qformer", "byte_level_bpe")
+ORIGINAL = "minigpt4qwen"
+"""Folder of presets that a `model_type` of the original's commands is in."""
+_FOLDERS = (ORIGINAL, "causal_lm", "blip2_qformer", "byte_level_bpe")
 """Architectures that had default files without being asked."""
 _PARTS = {"vit": "tower.train", "qformer": "connector.train_qformer", "llm": "llm.train"}
 """Old names of the parts that could be adapted to what says how they are trained."""
