@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from lavis.config.compat import UNUSED, leaves
 from lavis.config.compat.data import entry_of, splits_of
+from lavis.config.compat.model import ARCHS
 from lavis.config.deepspeed import with_deepspeed_section
 from lavis.config.files import missing_files
 from lavis.config.imports import load_imports, load_saved_imports
@@ -40,7 +41,7 @@ from lavis.config.rules import RULES
 from lavis.config.schema import DataEntry, ModelConfig, PreprocessConfig
 from lavis.config.shipped import find_recipe, recipe_layers, shipped_recipes
 from lavis.config.typed import Problem, choices, defaults, join, read_dataclass, read_value, section_type
-from lavis.core.errors import ConfigError, RegistryError, did_you_mean
+from lavis.core.errors import ConfigError, did_you_mean
 from lavis.core.logging import warn_once
 from lavis.core.paths import CONFIGS_ROOT
 from lavis.core.plugins import COPIES as IMPORTS
@@ -154,10 +155,11 @@ def _check_sections(layers: Sequence[Layer]) -> None:
 def _arch(layers: Sequence[Layer]) -> str:
     """The arch that the layers set, or the schema's. Raises ConfigError for an unknown one."""
     arch = str(_model(layers).get("arch", ModelConfig.arch))
-    try:
-        MODEL_CONFIGS.get(arch)
-    except RegistryError as e:
-        raise ConfigError(f"model.arch ({where('model.arch', layers)}): {e}") from e
+    if arch not in MODEL_CONFIGS:
+        known = MODEL_CONFIGS.list()
+        hint = did_you_mean(arch, [*known, *ARCHS])
+        at = f"model.arch ({where('model.arch', layers)})"
+        raise ConfigError(f"{at}: unknown model {arch!r}.{hint} Known: {', '.join(known)}.")
     return arch
 
 

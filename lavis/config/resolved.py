@@ -87,7 +87,8 @@ class Recipe:
     def kept_on_resume(self) -> dict[str, Any]:
         """As `flat`, without what may change when a run is resumed."""
         free = [f"{IMPORTS}.", *(f"{key}." for key, field, _ in self.fields() if field.metadata["resume"] == "free")]
-        return {key: value for key, value in self.flat().items() if not f"{key}.".startswith(tuple(free))}
+        rows = {"data.train": [entry.meaning("train") for entry in self.data.train]}
+        return {key: value for key, value in (self.flat() | rows).items() if not f"{key}.".startswith(tuple(free))}
 
 
 SECTIONS: dict[str, Any] = {

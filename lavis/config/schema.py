@@ -7,7 +7,7 @@ The models' own sections are in lavis/models/configs.py, what is done with them 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any, ClassVar, Literal, NamedTuple, Optional
 
@@ -209,6 +209,11 @@ class DataEntry:
     )
     sha256: Optional[Any] = opt(None, "SHA-256 of what is at url, 64 hexadecimal digits (one, or a list)")
     generate: dict[str, Any] = opt({}, "arguments of a source that generates its rows (the shapes world): sizes, seed")
+
+    def meaning(self, section: str) -> dict[str, Any]:
+        """The values as an entry of this section, with what its nulls stand for and without what says nothing."""
+        named = {"name": self.name or self.source, "split": self.split or section}
+        return asdict(self) | named | {"format": self.format if self.source == "files" else None}
 
     def files(self) -> list[tuple[str, Optional[str], Optional[str]]]:
         """(path, address, SHA-256) of each file; the last two are None where they are not given.

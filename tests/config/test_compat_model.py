@@ -185,3 +185,10 @@ def test_a_part_that_another_one_replaces_leaves_nothing(tmp_path: Path) -> None
     )
     model: Any = load_recipe(path, ["model.llm.train=lora"]).model
     assert (model.tower, model.connector, model.llm.train, model.sees) == (None, None, "lora", False)
+
+
+def test_an_older_model_type_takes_the_place_of_a_preset_below_it() -> None:
+    recipe = load_recipe("instruction_tuning/train", ["model.model_type=qwen14b_chat"])
+    assert (recipe.model.preset, recipe.model.llm.weights) == ("minigpt4qwen/qwen14b_chat", "ckpt/Qwen-14B-Chat")
+    later = load_recipe("instruction_tuning/train", ["model.preset=minigpt4qwen/qwen3_8b", "model.get_lora=true"])
+    assert (later.model.preset, later.model.llm.train) == ("minigpt4qwen/qwen3_8b", "lora")

@@ -43,7 +43,7 @@ FROZEN = {
 """Old names of frozen weights in checkpoints to those of today."""
 ORIGINAL = "minigpt4qwen"
 """Folder of presets that a `model_type` of the original's commands is in."""
-_FOLDERS = (ORIGINAL, "causal_lm", "blip2_qformer", "byte_level_bpe")
+ARCHS = (ORIGINAL, "causal_lm", "blip2_qformer", "byte_level_bpe")
 """Architectures that had default files without being asked."""
 _PARTS = {"vit": "tower.train", "qformer": "connector.train_qformer", "llm": "llm.train"}
 """Old names of the parts that could be adapted to what says how they are trained."""
@@ -58,6 +58,7 @@ def rules(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[str, ...]
         return
     yield from _architecture(model)
     yield from _weights(model)
+    yield from _start(values, model)
     yield from _training(model)
     yield from _adapters(model)
     yield from _media(values)
@@ -75,9 +76,10 @@ def _architecture(model: Plain) -> Iterator[Any]:
         # what a recipe without an arch was
         old = [key for key in (*_SWITCHES, "llm_model", "vit_model", "image_size") if key in model]
         arch, sources = ("minigpt4qwen", sources or (f"model.{old[0]}",)) if old else (None, ())
-    folder = arch if arch in _FOLDERS or (arch and "model_type" in model) else None
-    folder = "minigpt4qwen" if arch in (None, "vlm") and "model_type" in model else folder
-    if folder and "preset" not in model:
+    folder = arch if arch in ARCHS or (arch and "model_type" in model) else None
+    if arch in (None, "vlm") and "model_type" in model:
+        folder = str(model.get("preset") or "minigpt4qwen/").rpartition("/")[0]
+    if folder and ("model_type" in model or "preset" not in model):
         yield "model.preset", f"{folder}/{model.get('model_type', 'default')}", sources
     sources = sources[:1]
     if arch == "minigpt4qwen":
@@ -98,8 +100,13 @@ def _weights(model: Plain) -> Iterator[Any]:
         wanted = model.get("load_pretrained", True)
         yield "model.tower.weights", (vit or pretrained) if wanted else None, sources
         yield "model.connector.weights", pretrained if wanted else None, sources
+
+
+def _start(values: Plain, model: Plain) -> Iterator[Any]:
     if model.get("load_finetuned") and (file := model.get("finetuned", model.get("released"))):
         yield "init", [{"from": file}], _there(model, "load_finetuned", "finetuned")
+    elif model.get("load_finetuned") is False and values.get("init"):  # an older option over a recipe of today
+        yield "init", [], ("model.load_finetuned",)
 
 
 def _training(model: Plain) -> Iterator[Any]:
