@@ -20,9 +20,9 @@ from lavis.train.schedules import horizon, learning_rate
 
 STEPS = 5
 OPTIONS = [
-    f"train.max_steps={STEPS}", "optim.warmup_steps=2", "run.cache_features=false", "eval.before=false",
-    "eval.blind=false", "run.test_splits=[]", "run.valid_splits=[]", "log.every=1",
-    "log.trackers=[]", "datasets.shapes_instruction.generate.train=300",
+    f"train.max_steps={STEPS}", "optim.warmup_steps=2", "data.cache_features=false", "eval.before=false",
+    "eval.blind=false", "data.test=[]", "data.valid=[]", "log.every=1",
+    "log.trackers=[]", "data.train.0.generate.train=300",
 ]  # fmt: skip
 
 
