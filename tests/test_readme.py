@@ -14,17 +14,21 @@ LINES = {
     for name in ("README.md", "README.zh.md")
     for block in re.findall(r"```\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
     for line in block.splitlines()
-    if re.match(r"\.venv/bin/lavis (configs|data)", line)
+    if re.match(r"lavis (configs|data)", line)
 }
 ORDER = sorted(LINES, key=lambda line: ("my.yaml" in line, "check" in line, line))
 
 
 def test_both_languages_give_the_same_commands():
     blocks = [
-        re.findall(r"^(?:\.venv/\S+|make \w+)[^#\n]*", (ROOT / n).read_text(encoding="utf-8"), re.M)
+        re.findall(
+            r"^(?:\. \.venv|lavis|torchrun|python|make) [^#\n]*|^\. \.venv\S+",
+            (ROOT / n).read_text(encoding="utf-8"),
+            re.M,
+        )
         for n in ("README.md", "README.zh.md")
     ]
-    assert [line.strip() for line in blocks[0]] == [line.strip() for line in blocks[1]] and len(blocks[0]) >= 8
+    assert [line.strip() for line in blocks[0]] == [line.strip() for line in blocks[1]] and len(blocks[0]) >= 20
 
 
 # `data show` draws the whole world first
@@ -34,7 +38,7 @@ def test_both_languages_give_the_same_commands():
 def test_command_runs(line, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "readme"
     folder.mkdir(exist_ok=True)
-    arguments = line.removeprefix(".venv/bin/lavis ").split()
+    arguments = line.removeprefix("lavis ").split()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAVIS_CACHE": str(folder / "cache")}
     done = subprocess.run(
         [sys.executable, "-m", "lavis", *arguments],
@@ -58,3 +62,27 @@ def test_every_path_in_the_tree_exists():
             assert (ROOT / path).exists(), path
     for name in re.findall(r"^  (\w+)/ ", text, re.M):
         assert (ROOT / "lavis" / name).is_dir(), name
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_contents_licence_and_origins_are_linked(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "(LICENSE)" in text and "(docs/overview.svg)" in text and "(docs/extending.md)" in text
+    for origin in (
+        "github.com/Coobiw/MiniGPT4Qwen",
+        "github.com/salesforce/LAVIS",
+        "arxiv.org/abs/2301.12597",
+        "github.com/haotian-liu/LLaVA",
+        "github.com/QwenLM/Qwen",
+    ):
+        assert f"(https://{origin})" in text, origin
+    anchors = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.+)$", text, re.M)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
+
+
+def test_every_recipe_that_is_named_is_shipped():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for recipe in re.findall(r"lavis (?:train|plan|weights) ([a-z_]+/\w+)", text):
+        assert (ROOT / "lavis" / "projects" / f"{recipe}.yaml").is_file(), recipe

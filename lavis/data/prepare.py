@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -20,7 +21,9 @@ import pyarrow as pa
 
 from lavis.core.errors import DataError
 from lavis.core.paths import cache_root
+from lavis.core.registries import DIALECTS
 from lavis.core.types import Conversation, Document, Example, MediaRef, Message, Pair, RowError, Sample
+from lavis.data.dialects import own_dialects
 from lavis.data.files import OnError
 from lavis.data.image import UNREADABLE, upright_size
 from lavis.data.report import PrepareReport
@@ -113,7 +116,11 @@ def _with_sizes(example: Example, sizes: dict[str, Any]) -> Example:
 def _fingerprint(source: FileSource, template: Template, share: Share) -> str:
     entry = source.entry
     settings = [FORMAT_VERSION, entry.format, asdict(entry.text), entry.kind, share, template.fingerprint()]
+    if entry.generate:
+        settings.append([entry.source, entry.generate])
     digest = hashlib.sha256(json.dumps(settings).encode())
+    for file in _own_code(source):
+        digest.update(file.read_bytes())
     media = getattr(template, "media", None)
     if media is not None and media.needs_size:  # then the table depends on the pictures too
         digest.update(str(source.image_root).encode())
@@ -123,6 +130,13 @@ def _fingerprint(source: FileSource, template: Template, share: Share) -> str:
             while block := content.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:32]
+
+
+def _own_code(source: FileSource) -> list[Path]:
+    """Python outside this package that rows go through: while it is written, it changes more often than the rows."""
+    names = own_dialects() if source.entry.format == "auto" else [source.entry.format]
+    kinds = [type(source), *(DIALECTS.get(name) for name in names)]
+    return [Path(inspect.getfile(kind)) for kind in kinds if not kind.__module__.startswith("lavis.")]
 
 
 def _write(folder: Path, source: FileSource, template: Template, share: Share) -> None:

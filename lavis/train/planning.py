@@ -25,7 +25,7 @@ def run_planner(recipe: Recipe, tables: Sequence[PreparedTable], ranks: Ranks) -
     """Plans of a run on this rank's hardware, for the longest row of its training `tables`."""
     data = recipe.data
     lengths, supervised, images = (
-        np.concatenate([getattr(t, name) for t in tables]) for name in ("lengths", "supervised_tokens", "num_images")
+        np.concatenate([getattr(t, name) for t in tables]) for name in ("lengths", "supervised_tokens", "num_tiles")
     )
     if data.packing:
         filled = data.pack_length / lengths.sum()

@@ -40,9 +40,14 @@ class Dialect(Protocol):
         """
 
 
+def own_dialects() -> list[str]:
+    """Names of those that are not of this package."""
+    return [name for name in DIALECTS.list() if name not in ORDER]
+
+
 def detect(row: Row) -> str:
     """The dialect a row is written in, by its keys. Raises DataError when it is none that is known."""
-    own = [name for name in DIALECTS.list() if name not in ORDER]
+    own = own_dialects()
     for name in (*own, *ORDER):
         if DIALECTS.get(name).matches(row):
             return name

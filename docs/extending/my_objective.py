@@ -1,0 +1,31 @@
+"""An objective of one's own: the focal loss (Lin et al. 2017), by which tokens that the model is sure of count less."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from lavis.extend import IGNORE_INDEX, OBJECTIVES, Batch, LossOutput, Objective, Scorer
+
+
+@OBJECTIVES.register("focal")
+class Focal(Objective):
+    """-(1 - p)^gamma log p of each supervised token."""
+
+    kinds = frozenset({"conversation", "document"})
+    generates = True  # the model answers, so test entries and sample prompts work
+    parts = ("cross_entropy",)  # written to the log beside the loss
+    gamma: ClassVar[float] = 2.0
+
+    def units(self, batch: Batch) -> int:
+        """Supervised tokens: by them, over the whole global step, the sum of `loss` is divided."""
+        return batch.supervised_tokens
+
+    def loss(self, scorer: Scorer, hidden: torch.Tensor, batch: Batch) -> LossOutput:
+        """Sums over the batch. The hidden state at a position says what the next token is."""
+        targets = batch.labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logprobs = scorer.logprobs(hidden[:, :-1][supervised], targets[supervised])
+        loss = -((1 - logprobs.exp()) ** self.gamma * logprobs).sum()
+        return LossOutput(loss, self.units(batch), {"cross_entropy": -logprobs.detach().sum()})
