@@ -19,7 +19,7 @@ def settled(tmp_path, device, **changes):
     world = World(0, 0, 1, torch.device(device))
     found = settle_recomputation(recipe, Texts.of(recipe), DataParallel, Ranks(world, world))
     assert replace(found, model=recipe.model) == recipe  # nothing else has changed
-    return found.model.llm_grad_checkpoint
+    return found.model.recomputes
 
 
 @pytest.mark.parametrize(("gigabytes", "needed"), [(0.8, True), (16, False)])
