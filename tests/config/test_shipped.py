@@ -105,6 +105,8 @@ LLAVA = {
     # stage, samples a step, peak rate, what is trained of tower, connector and LLM
     "llava/pretrain": (256, 1e-3, ("frozen", "full", "frozen")),
     "llava/finetune": (128, 2e-5, ("frozen", "full", "full")),
+    "llava/finetune_lora": (128, 2e-4, ("frozen", "full", "lora")),
+    "llava/finetune_xtuner": (128, 2e-4, ("lora", "full", "lora")),
 }
 
 
@@ -132,3 +134,16 @@ def test_the_second_stage_of_llava_starts_from_the_first() -> None:
         first, second = map(recipe_of, world)
         assert second.init == [{"from": first.run.output_dir, "parts": ["connector"]}]
         assert (first.model.tower, first.model.media) == (second.model.tower, second.model.media)
+
+
+def test_llavas_adapters_are_the_published_ones() -> None:
+    lora, xtuner = recipe_of("llava/finetune_lora").model, recipe_of("llava/finetune_xtuner").model
+    parts = (lora.llm, xtuner.llm, xtuner.tower)
+    assert [(p.lora.rank, p.lora.alpha, p.lora.dropout) for p in parts] == [
+        (128, 256, 0.05),
+        (512, 256, 0.05),
+        (64, 16, 0.05),
+    ]
+    assert {p.lora.targets for p in parts} == {"linear"}
+    assert (lora.connector.lr_scale * recipe_of("llava/finetune_lora").optim.lr) == pytest.approx(2e-5)
+    assert (lora.llm.quantization, xtuner.llm.quantization) == (None, "int4")

@@ -213,7 +213,10 @@ def test_sections_are_checked_without_weights(tmp_path):
     planned = replace(config, config={"model_type": "clip_vision_model", **VISION})
     assert (planned.image_size, planned.span(), planned.width()) == (56, 16, 64)
     assert next(ClipConfig(name="clip").problems("model.tower")).startswith("model.tower.weights names no tower")
-    assert "no multiple" in next(replace(planned, image_size=60).problems("model.tower"))
+    assert not list(replace(planned, image_size=60).problems("model.tower"))  # as SigLIP-so400m's 384
+    assert "no multiple" in next(replace(planned, image_size=10).problems("model.tower"))
+    any_ratio = {"model_type": "siglip2_vision_model", **VISION, "num_patches": 16}
+    assert "no multiple" in next(replace(planned, image_size=60, config=any_ratio).problems("model.tower"))
     with pytest.raises(ConfigError, match="layer is 9, but the tower has 4 blocks"):
         replace(planned, layer=9).blocks()
     with pytest.raises(ConfigError, match="'bert' cannot be a tower"):
@@ -296,6 +299,7 @@ def test_real_sizes_consume_every_key(tmp_path, name, vision, text, span, parame
     # what the files on the hub say: the vision half's own keys, and no more
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "vision_config": vision} if top else vision))
     section = TOWERS.config(name)(name=name, weights=str(tmp_path))
+    assert not list(section.problems("model.tower"))
     assert (section.span(), section.width(), section.image_size) == (
         span,
         vision["hidden_size"],

@@ -43,7 +43,8 @@ class Tower(Part, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Type of its matrices."""
-        return next(p.dtype for p in self.model.parameters() if p.ndim > 1)
+        # not by the shapes of parameters: ZeRO-3 takes these away
+        return next(m.weight.dtype for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 
     def adapt(self) -> None:
         """As Part.adapt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -153,7 +154,7 @@ class TransformersVision(Tower):
         """The arguments of a model of any aspect ratio, for squares: flat patches [N, T, P*P*3], all of them real."""
         size, grid = self.model.config.patch_size, self._grid
         patches = pixels.unflatten(3, (grid, size)).unflatten(2, (grid, size)).permute(0, 2, 4, 3, 5, 1)
-        shape = torch.tensor([[grid, grid]], device=pixels.device).expand(len(pixels), 2)
+        shape = np.full((len(pixels), 2), grid)  # is read number by number: as a tensor it would wait for the GPU
         mask = torch.ones(len(pixels), grid * grid, dtype=torch.long, device=pixels.device)
         return {
             "pixel_values": patches.reshape(len(pixels), grid * grid, -1),
