@@ -26,20 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "extending"
 WORLD = "{train: 24, val: 4, test: 6, text_train: 60, text_val: 10}"
 SHORT = [
-    *("run.batch_size_train=4", "run.max_steps=2", "run.warmup_steps=0", "run.log_freq=1", "run.trackers=[]"),
-    *("run.num_sample_prompts=0", "run.max_new_tokens=4", "run.device=cpu"),
+    *("train.micro_batch_size=4", "train.max_steps=2", "optim.warmup_steps=0", "log.every=1", "log.trackers=[]"),
+    *("eval.num_prompts=0", "eval.max_new_tokens=4", "run.device=cpu"),
 ]
 PICTURES = [f"data.{section}.0.generate={WORLD}" for section in ("train", "test")]
 VALID = [f"data.valid=[{{source: shapes_instruction, split: val, generate: {WORLD}}}]"]
 LAYOUTS = {
-    "DDP of 2": ["run.batch_size_train=2"],
+    "DDP of 2": ["train.micro_batch_size=2"],
     "ZeRO-2 of 2": [
-        "run.batch_size_train=2",
-        "run.runner=deepspeed_runner",
-        "run.deepspeed_config.zero_optimization.stage=2",
+        "train.micro_batch_size=2",
+        "parallel.strategy=zero",
+        "parallel.deepspeed.zero_optimization.stage=2",
     ],
     "pipeline of 2": [
-        *("run.batch_size_train=1", "run.accum_grad_iters=4", "run.runner=pipeline_runner", "run.num_stages=2")
+        *("train.micro_batch_size=1", "train.accumulation=4", "parallel.strategy=pipeline", "parallel.num_stages=2")
     ],
 }
 
@@ -156,8 +156,10 @@ def test_rows_of_an_own_dialect_are_learned_from(tmp_path, capsys):
 
 
 def test_an_own_objective_counts_sure_tokens_less(tmp_path):
-    lines = train_lines(here(tmp_path, "train", "my_objective", *PICTURES))
+    lines = train_lines(here(tmp_path / "focal", "train", "my_objective", *PICTURES))
     assert len(lines) == 2 and all(0 < line["loss"] < line["cross_entropy"] for line in lines)
+    for line in train_lines(here(tmp_path / "plain", "train", "my_objective", *PICTURES, "objective.gamma=0")):
+        assert line["loss"] == pytest.approx(line["cross_entropy"], rel=1e-6)
 
 
 def test_an_own_metric_is_in_the_results(tmp_path):
