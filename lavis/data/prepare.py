@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,7 +136,8 @@ def _own_code(source: FileSource) -> list[Path]:
     """Python outside this package that rows go through: while it is written, it changes more often than the rows."""
     names = own_dialects() if source.entry.format == "auto" else [source.entry.format]
     kinds = [type(source), *(DIALECTS.get(name) for name in names)]
-    return [Path(inspect.getfile(kind)) for kind in kinds if not kind.__module__.startswith("lavis.")]
+    modules = [sys.modules.get(kind.__module__) for kind in kinds if not kind.__module__.startswith("lavis.")]
+    return [Path(file) for module in modules if (file := getattr(module, "__file__", None))]  # a notebook has none
 
 
 def _write(folder: Path, source: FileSource, template: Template, share: Share) -> None:
