@@ -27,6 +27,7 @@ from lavis.config.typed import Problem, read_dataclass
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.json_file import read_json
 from lavis.core.paths import resolve
+from lavis.core.plugins import load_plugins
 from lavis.core.registries import HF_MODELS
 from lavis.models.configs import VlmConfig
 from lavis.weights.shards import Shards
@@ -65,6 +66,7 @@ def load_model(
 
     Raises CheckpointError when the folder is not one of the kinds that are read, or is incomplete.
     """
+    load_plugins()  # the folder names its parts, which may be of an installed package
     where = resolve(folder)
     values, shards = _read_config(where), Shards(where)
     if values["model_type"] in HF_MODELS:
