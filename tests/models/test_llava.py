@@ -10,15 +10,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
+from lavis.config.init import Init
 from lavis.core.errors import CheckpointError
 from lavis.core.types import Batch
 from lavis.models.adapters import merge_lora
 from lavis.models.configs import VlmConfig
 from lavis.models.connector_configs import LinearConfig, MlpConfig
 from lavis.models.hf import llava
-from lavis.models.initial import load_weights
 from lavis.models.part_configs import EvaConfig
-from lavis.models.parts import Init, LoraSettings
+from lavis.models.parts import LoraSettings
 from lavis.models.vlm import Vlm
 from lavis.weights.trained import trained_file
 
@@ -190,12 +190,12 @@ def test_another_run_starts_from_its_parts(tmp_path):
     source = read(hub_folder(stock_llava(), tmp_path))
     target = Vlm(source.config, copy_of(source.llm_model), IMAGE)
     before = {name: t.clone() for name, t in target.state_dict().items()}
-    load_weights(target, [Init(str(tmp_path), ("connector", "tower"))])
+    target.load_weights([Init(str(tmp_path), ("connector", "tower"))])
     for name, tensor in target.state_dict().items():
         own = not name.startswith("llm_model.")
         assert torch.equal(tensor, source.state_dict()[name] if own else before[name]), name
     whole = Vlm(source.config, copy_of(source.llm_model), IMAGE)
-    load_weights(whole, [Init(str(tmp_path))])
+    whole.load_weights([Init(str(tmp_path))])
     same(logits(whole, batch()), logits(source, batch()))
 
 
