@@ -7,6 +7,7 @@ stay where they are when modules of the program move.
 from __future__ import annotations
 
 from lavis.config.schema import DataEntry, NamedFile, opt
+from lavis.config.sections import ObjectiveConfig
 from lavis.core.errors import ConfigError, DataError, LavisError
 from lavis.core.output import LossOutput
 from lavis.core.registries import (
@@ -81,6 +82,7 @@ __all__ = [
     "NamedFile",
     "NextToken",
     "Objective",
+    "ObjectiveConfig",
     "OnError",
     "Pair",
     "Row",

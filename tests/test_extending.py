@@ -26,20 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "extending"
 WORLD = "{train: 24, val: 4, test: 6, text_train: 60, text_val: 10}"
 SHORT = [
-    *("run.batch_size_train=4", "run.max_steps=2", "run.warmup_steps=0", "run.log_freq=1", "run.trackers=[]"),
-    *("run.num_sample_prompts=0", "run.max_new_tokens=4", "run.device=cpu"),
+    *("train.micro_batch_size=4", "train.max_steps=2", "optim.warmup_steps=0", "log.every=1", "log.trackers=[]"),
+    *("eval.num_prompts=0", "eval.max_new_tokens=4", "run.device=cpu"),
 ]
 PICTURES = [f"data.{section}.0.generate={WORLD}" for section in ("train", "test")]
 VALID = [f"data.valid=[{{source: shapes_instruction, split: val, generate: {WORLD}}}]"]
 LAYOUTS = {
-    "DDP of 2": ["run.batch_size_train=2"],
+    "DDP of 2": ["train.micro_batch_size=2"],
     "ZeRO-2 of 2": [
-        "run.batch_size_train=2",
-        "run.runner=deepspeed_runner",
-        "run.deepspeed_config.zero_optimization.stage=2",
+        "train.micro_batch_size=2",
+        "parallel.strategy=zero",
+        "parallel.deepspeed.zero_optimization.stage=2",
     ],
     "pipeline of 2": [
-        *("run.batch_size_train=1", "run.accum_grad_iters=4", "run.runner=pipeline_runner", "run.num_stages=2")
+        *("train.micro_batch_size=1", "train.accumulation=4", "parallel.strategy=pipeline", "parallel.num_stages=2")
     ],
 }
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 
-from lavis.extend import IGNORE_INDEX, OBJECTIVES, Batch, LossOutput, Objective, Scorer
+from lavis.extend import IGNORE_INDEX, OBJECTIVES, Batch, LossOutput, Objective, ObjectiveConfig, Scorer, opt
 
 
-@OBJECTIVES.register("focal")
+@dataclass
+class FocalConfig(ObjectiveConfig):
+    """Keys of the recipe's `objective` section."""
+
+    gamma: float = opt(2.0, "how much less a sure token counts; 0 is the cross-entropy", at_least=0)
+
+
+@OBJECTIVES.register("focal", config=FocalConfig)
 class Focal(Objective):
     """-(1 - p)^gamma log p of each supervised token."""
 
     kinds = frozenset({"conversation", "document"})
     generates = True  # the model answers, so test entries and sample prompts work
     parts = ("cross_entropy",)  # written to the log beside the loss
-    gamma: ClassVar[float] = 2.0
+
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
+
+    @classmethod
+    def from_config(cls, config: FocalConfig) -> Focal:
+        """The objective of a recipe."""
+        return cls(config.gamma)
 
     def units(self, batch: Batch) -> int:
         """Supervised tokens: by them, over the whole global step, the sum of `loss` is divided."""
