@@ -18,7 +18,6 @@ from lavis.core.registry import Registry
 REGISTRIES: dict[str, Registry[Any]] = {
     "objective": registries.OBJECTIVES,
     "strategy": registries.STRATEGIES,
-    "metric": registries.METRICS,
     "processor": registries.PROCESSORS,
     "source": registries.SOURCES,
     "media_format": registries.MEDIA_FORMATS,

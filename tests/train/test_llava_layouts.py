@@ -77,7 +77,7 @@ def single(towers, tmp_path_factory):
     def run(name, packed):
         if (name, packed) not in runs:
             folder = tmp_path_factory.mktemp("single")
-            runs[name, packed] = trained(towers, folder, name, "run.batch_size_train=8", *(PACKED if packed else []))
+            runs[name, packed] = trained(towers, folder, name, "train.micro_batch_size=8", *(PACKED if packed else []))
         return runs[name, packed]
 
     return run

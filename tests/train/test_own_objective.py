@@ -1,24 +1,38 @@
 """An objective of a user's own, with named parts and two calls of the scorer, is the same under every strategy."""
 
-import subprocess
-
 import pytest
 
 from tests.train.test_equivalence import LAYOUTS, MIXED
-from tests.train.world import command, environment, only_run, train_lines, write_recipe
+from tests.train.world import train, train_lines
 
 pytestmark = pytest.mark.usefixtures("deepspeed_operators")
-CHILD = """
-import sys
+HALVES = """
+from dataclasses import dataclass
+
+from lavis.config.schema import opt
+from lavis.config.sections import ObjectiveConfig
 from lavis.core.output import LossOutput
 from lavis.core.registries import OBJECTIVES
 from lavis.objectives.sft import NextToken
 
-@OBJECTIVES.register("halves")
+
+@dataclass
+class HalvesConfig(ObjectiveConfig):
+    second_weight: float = opt(1.0, "how much the second half counts")
+
+
+@OBJECTIVES.register("halves", config=HalvesConfig)
 class Halves(NextToken):
-    '''The second half of the supervised positions counts twice, and half of it is a reward for being sure.'''
+    '''The second half of the supervised positions counts more, and half of it is a reward for being sure.'''
 
     parts = ("first", "second", "sure")
+    weight: float
+
+    @classmethod
+    def from_config(cls, config):
+        objective = cls()
+        objective.weight = config.second_weight
+        return objective
 
     def loss(self, scorer, hidden, batch):
         targets = batch.labels[:, 1:]
@@ -29,25 +43,19 @@ class Halves(NextToken):
         second = scorer.cross_entropy(hidden[middle:], targets[middle:])
         sure = scorer.logprobs(hidden, targets).exp().sum()
         parts = {"first": first.detach(), "second": second.detach(), "sure": sure.detach()}
-        return LossOutput(first + 2 * second - sure, self.units(batch), parts)
+        return LossOutput(first + self.weight * second - sure, self.units(batch), parts)
 
     def before_step(self, batches, actors):
         return list(reversed(batches))
-
-if __name__ == "__main__":
-    from lavis.cli import main
-    sys.exit(main(["train", *sys.argv[1:]]))
 """
+OWN = ("imports=[halves.py]", "objective={name: halves, second_weight: 2}")
 
 
 def run(cache, folder, ranks, options):
     folder.mkdir(exist_ok=True)
-    (folder / "child.py").write_text(CHILD)
-    recipe = write_recipe(folder, run={"task": "halves", "valid_splits": ["val"], "max_new_tokens": 2})
-    words = [str(folder / "child.py") if w.endswith("train.py") else w for w in command(recipe, *options, ranks=ranks)]
-    done = subprocess.run(words, cwd=folder, env=environment(cache), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return only_run(folder)
+    (folder / "halves.py").write_text(HALVES)
+    run = {"valid_splits": ["val"], "max_new_tokens": 2}
+    return train(cache, folder, *OWN, *options, ranks=ranks, run=run)
 
 
 @pytest.fixture(scope="module")
