@@ -22,6 +22,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "source": registries.SOURCES,
     "media_format": registries.MEDIA_FORMATS,
     "lr_schedule": registries.LR_SCHEDULES,
+    "metric": registries.METRICS,
 }
 """What the `registry` of a schema field refers to."""
 
