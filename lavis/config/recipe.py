@@ -35,7 +35,7 @@ from lavis.config.layers import (
     translated,
     where,
 )
-from lavis.config.report import listed, report
+from lavis.config.report import listed, report, with_older_names
 from lavis.config.resolved import SECTIONS, Recipe
 from lavis.config.rules import RULES
 from lavis.config.schema import DataEntry, ModelConfig, PreprocessConfig
@@ -71,7 +71,7 @@ def load_recipe(path: str | Path, options: Sequence[str] = ()) -> Recipe:
 
 def validate(recipe: Recipe) -> None:
     """Raise ConfigError listing every combination of values in `recipe` that can't work."""
-    messages = [message for rule in RULES for message in rule(recipe)]
+    messages = [with_older_names(message, recipe.layers) for rule in RULES for message in rule(recipe)]
     if messages:
         raise ConfigError(listed(messages, label(recipe.source)))
 

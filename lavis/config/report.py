@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 
 from lavis.config.compat import leaves, older_names
@@ -10,6 +11,7 @@ from lavis.config.layers import Layer, place
 from lavis.config.typed import Problem
 from lavis.core.errors import did_you_mean
 
+_DOTTED = re.compile(r"\b[a-z_]\w*(?:\.\w+)+")
 _SURE = 0.85
 """How like a name of another section has to be to be proposed: a slip of the finger, no more."""
 
@@ -24,6 +26,13 @@ def listed(messages: Sequence[str], source: str) -> str:
     if len(messages) == 1:
         return messages[0]
     return f"{source}: {len(messages)} problems\n" + "\n".join(f"  - {message}" for message in messages)
+
+
+def with_older_names(message: str, layers: Sequence[Layer]) -> str:
+    """`message`, which speaks of today's keys, with what they are called in the recipe where it has older names."""
+    written = {key: place(key, layers)[0] for key in dict.fromkeys(_DOTTED.findall(message))}
+    older = [f"{own} is called {key} now" for key, own in written.items() if own != key and own not in message]
+    return f"{message} ({'; '.join(older)}.)" if older else message
 
 
 def _described(problem: Problem, layers: Sequence[Layer]) -> str:

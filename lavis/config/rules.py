@@ -68,6 +68,7 @@ def _sizes(recipe: Recipe) -> Iterator[str]:
 
 
 def _objective(recipe: Recipe) -> Iterator[str]:
+    yield from recipe.objective.problems()
     model, name = recipe.model, recipe.objective.name
     built_in = {name for arch in MODEL_CONFIGS.list() for name in MODEL_CONFIGS.get(arch).objectives}
     if name not in model.objectives and name in built_in:  # of a user's own objective nothing is known here

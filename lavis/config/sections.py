@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -20,6 +20,10 @@ class ObjectiveConfig:
     def choose(cls, values: Mapping[str, Any]) -> type[ObjectiveConfig]:
         """The dataclass of the objective that the section names."""
         return OBJECTIVES.config(str(values.get("name") or "sft"), cls)
+
+    def problems(self) -> Iterator[str]:
+        """Sentences about values of the section that cannot work together."""
+        yield from ()
 
 
 @dataclass

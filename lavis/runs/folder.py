@@ -12,7 +12,7 @@ import yaml
 
 from lavis.config.compat.model import FROZEN
 from lavis.config.recipe import Recipe, recipe_from_dict
-from lavis.core.errors import CheckpointError
+from lavis.core.errors import CheckpointError, ConfigError
 from lavis.runs.checkpoint import Checkpoint, find_checkpoint, newest_run
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,11 @@ def _fractions(recipe: Recipe, section: str) -> list[tuple[Any, Any]]:
 def _unfinished_of(recipe: Recipe, folder: Path) -> bool:
     if (folder / SUMMARY).exists() and not recipe.run.evaluate:
         return False
-    differences = recipe_differences(recipe, folder / "config.yaml")
+    try:
+        differences = recipe_differences(recipe, folder / "config.yaml")
+    except ConfigError as error:  # a run with names that only its own imports know
+        log.info("not resuming %s: %s", folder, error)
+        return False
     if differences:
         log.info("not resuming %s: it was made with other values of %s", folder, ", ".join(differences))
     return not differences

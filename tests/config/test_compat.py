@@ -203,3 +203,11 @@ def test_references_to_older_names_go_on(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.run.output_dir == "out/sft/0.003"
     assert recipe.parallel.deepspeed == {"gradient_accumulation_steps": 3}
+
+
+def test_rules_speak_of_todays_keys_and_name_the_recipes() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("shapes/align", ["run.min_lr=1"])
+    assert str(caught.value) == (
+        "optim.min_lr 1 is above optim.lr 0.003: the rate would grow. (run.min_lr is called optim.min_lr now.)"
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lavis.config.recipe import load_recipe
-from lavis.runs.folder import recipe_differences
+from lavis.runs.folder import _unfinished_of, recipe_differences
 
 RECIPE = "shapes/align"
 
@@ -24,3 +24,12 @@ def test_keys_that_matter_for_going_on(tmp_path: Path, options: list[str], diffe
     saved = tmp_path / "config.yaml"
     saved.write_text(load_recipe(RECIPE).to_yaml(), encoding="utf-8")
     assert recipe_differences(load_recipe(RECIPE, options), saved) == differences
+
+
+def test_a_run_that_cannot_be_read_is_not_resumed_by_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, [f"run.output_dir={tmp_path}", "run.resume=auto"])
+    (tmp_path / "a" / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "a" / "config.yaml").write_text(recipe.to_yaml().replace("name: sft", "name: of_a_plug_in"))
+    assert not _unfinished_of(recipe, tmp_path / "a")
+    (tmp_path / "a" / "config.yaml").write_text(recipe.to_yaml())
+    assert _unfinished_of(recipe, tmp_path / "a")

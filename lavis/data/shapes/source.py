@@ -26,6 +26,11 @@ class ShapesSource(FileSource):
         self.root = cache_root() / "dataset" / "shapes"
         self._spec = _shapes_spec(f"{key}.generate", entry.generate)
 
+    @classmethod
+    def has_images(cls, entry: DataEntry) -> bool:
+        """Yes: it makes them itself."""
+        return True
+
     @property
     def image_root(self) -> Path | None:
         """The folder of the pictures."""
