@@ -11,20 +11,16 @@ def test_the_chain_is_in_order_and_every_recipe_stands_on_what_comes_before():
         assert all(names.index(need) < names.index(name) for need in needs)
     exported = {name: load_recipe(f"shapes/{name}").export.path for name in names}
     assert set(SHIPPED) <= {export.removeprefix("shapes/") for export in exported.values()}
-    read = {n: vars(load_recipe(f"shapes/{n}").model) for n in (*names, "align")}
-    assert read["stage2"]["llm_model"] == exported["llm_a"] and read["stage2"]["pretrained"].startswith(
-        exported["stage1"]
-    )
-    assert read["align"]["llm_model"] == exported["llm_b"] and read["align"]["pretrained"].startswith(
-        exported["stage2"]
-    )
-    assert (
-        read["llm_a"]["tokenizer"] == exported["tokenizer_a"] and read["llm_b"]["tokenizer"] == exported["tokenizer_b"]
-    )
+    read = {n: load_recipe(f"shapes/{n}").model for n in (*names, "align")}
+    for name, llm, before in (("stage2", "llm_a", "stage1"), ("align", "llm_b", "stage2")):
+        assert read[name].llm.weights == exported[llm]
+        assert read[name].connector.weights.startswith(exported[before])
+    for x in "ab":
+        assert read[f"llm_{x}"].llm.tokenizer == exported[f"tokenizer_{x}"]
 
 
 def test_the_two_llms_differ_in_family_width_and_vocabulary():
-    a, b = (load_recipe(f"shapes/llm_{x}").model.llm_config for x in "ab")
+    a, b = (load_recipe(f"shapes/llm_{x}").model.llm.config for x in "ab")
     assert a["model_type"] != b["model_type"] and a["hidden_size"] != b["hidden_size"]
 
 
