@@ -26,7 +26,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavis.config.recipe import load_recipe
 from lavis.data.assemble import load_tokenizer
-from lavis.models.configs import MiniGPT4QwenConfig
 from lavis.parallel.plan import Layout, Machine, Planner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +67,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 def write_recipe(folder: Path, size: str) -> Path:
     """An LLM of `size` and a recipe that trains its projection on packed rows."""
     width, mlp, blocks, tokens = SIZES[size]
-    tokenizer = load_tokenizer(MiniGPT4QwenConfig(llm_model="shapes/llm_b"))
+    tokenizer = load_tokenizer(load_recipe("shapes/align").model)
     heads = width // 64
     config = Qwen2Config(
         vocab_size=16_000,
