@@ -1,7 +1,5 @@
 """A vision model of transformers with adapters, a trained connector and an LLM with adapters, in every layout."""
 
-import subprocess
-
 import pytest
 import torch
 import transformers
@@ -9,7 +7,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.train.test_equivalence import LAYOUTS, MIXED, some
-from tests.train.world import PICTURES, RUN, command, environment, only_run, train_lines
+from tests.train.world import PICTURES, RUN, launch, only_run, train_lines
 
 pytestmark = pytest.mark.usefixtures("deepspeed_operators")
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -57,14 +55,7 @@ def trained(cache, folder, name, *options, ranks=1):
         "run": RUN | {"num_sample_prompts": 0},
     }
     recipe.write_text(yaml.safe_dump(sections))
-    done = subprocess.run(
-        command(recipe, *options, *MIXED, ranks=ranks),
-        cwd=folder,
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launch(cache, recipe, *options, *MIXED, ranks=ranks)
     assert done.returncode == 0, done.stderr[-9000:]
     return only_run(folder)
 

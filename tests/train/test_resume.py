@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from tests.train.world import command, environment, only_run, saved_tensors, train, train_lines, write_recipe
+from tests.train.world import command, environment, launch, only_run, saved_tensors, train, train_lines, write_recipe
 
 # Dropout in what is trained, so that a generator left in another state would show.
 TRAINED = {"freeze_qformer": False, "freeze_queries": False, "get_lora": True, "lora_dropout": 0.2}
@@ -136,14 +136,7 @@ def test_another_layout_goes_on_from_a_zero_checkpoint(cache, tmp_path):
 
 
 def failing(cache, folder, *options):
-    done = subprocess.run(
-        command(write_recipe(folder), *options),
-        cwd=folder,
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launch(cache, write_recipe(folder), *options)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stderr
 

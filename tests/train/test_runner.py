@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 from PIL import Image
 
-from tests.train.world import command, environment, only_run, train, train_lines, write_recipe
+from tests.train.world import command, environment, launch, only_run, train, train_lines, write_recipe
 
 
 def test_a_run_leaves_what_it_promises(cache, tmp_path):
@@ -84,14 +84,7 @@ def test_mixed_precision_on_the_cpu_stays_near_fp32(cache, tmp_path):
 
 
 def stops(cache, folder, *options):
-    done = subprocess.run(
-        command(write_recipe(folder), *options),
-        cwd=folder,
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launch(cache, write_recipe(folder), *options)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stderr
 

@@ -1,13 +1,11 @@
 """An LLM alone through the real commands: adapters, every way to lay it out, and a start from an earlier run."""
 
-import subprocess
-
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.train.world import PICTURES, command, environment, only_run, train_lines
+from tests.train.world import PICTURES, train_lines, train_recipe
 
 pytestmark = pytest.mark.usefixtures("deepspeed_operators")
 RUN = {
@@ -39,16 +37,7 @@ def train_text(cache, folder, llm, *options, ranks=1, **sections):
     model = {"llm": llm, "max_length": 200}
     data = {"shapes_text": {"generate": PICTURES}}
     recipe.write_text(yaml.safe_dump({"model": model, "datasets": data, "run": RUN} | sections))
-    done = subprocess.run(
-        command(recipe, *options, ranks=ranks),
-        cwd=folder,
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return only_run(folder)
+    return train_recipe(cache, recipe, *options, ranks=ranks)
 
 
 @pytest.fixture(scope="module", params=["adapters", "new"])

@@ -103,17 +103,26 @@ def train(
 ) -> Path:
     """Train in `folder` through the real command; returns the run's folder."""
     folder.mkdir(exist_ok=True)
-    recipe = write_recipe(folder, model, run, data)
-    done = subprocess.run(
+    return train_recipe(cache, write_recipe(folder, model, run, data), *options, ranks=ranks)
+
+
+def launch(cache: Path, recipe: Path, *options: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """The real command on `recipe`, in its folder."""
+    return subprocess.run(
         command(recipe, *options, ranks=ranks),
-        cwd=folder,
+        cwd=recipe.parent,
         env=environment(cache),
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def train_recipe(cache: Path, recipe: Path, *options: str, ranks: int = 1) -> Path:
+    """Train `recipe` through the real command; returns the run's folder."""
+    done = launch(cache, recipe, *options, ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
-    return only_run(folder)
+    return only_run(recipe.parent)
 
 
 def only_run(folder: Path) -> Path:
