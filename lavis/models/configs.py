@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from lavis.config.schema import ModelConfig, NamedFile, opt
+from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.registries import MODEL_CONFIGS
 from lavis.models.part_configs import EvaConfig, QFormerLinearConfig
 from lavis.models.parts import ConnectorConfig, LlmConfig, MediaConfig, TowerConfig
@@ -80,8 +81,15 @@ class VlmConfig(ModelConfig):
         if (self.tower is None) != (self.connector is None):
             lacking = "connector" if self.connector is None else "tower"
             yield f"model.{lacking} is missing: a tower and a connector go together, or neither for text alone."
-        for name, part in self.parts().items():
-            yield from part.problems(f"model.{name}")
+        found = [problem for name, part in self.parts().items() for problem in part.problems(f"model.{name}")]
+        yield from found
+        if not found:
+            try:
+                _ = self.tokens_per_tile
+            except ConfigError as error:
+                yield str(error)
+            except CheckpointError:
+                pass  # files that have yet to come say how many vectors a picture is
 
     def files(self) -> Iterator[NamedFile]:
         """See ModelConfig."""

@@ -44,7 +44,7 @@ class PixelShuffleConfig(ConnectorConfig):
         if side * side != tokens or side % self.factor:
             raise ConfigError(
                 f"model.connector pixel_shuffle: {tokens} vectors are no square grid whose side {self.factor} divides. "
-                "Set model.tower.class_token to drop, or choose another image_size."
+                "Choose another factor or image_size; a class token is left out by model.tower.class_token: drop."
             )
         return tokens // self.factor**2
 

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lavis.config.init import Init
+from lavis.core.errors import ConfigError
 from lavis.core.registries import CONNECTORS, MODELS, TOWERS
 from lavis.core.types import Batch
 from lavis.data.assemble import load_tokenizer
@@ -23,6 +24,7 @@ from lavis.models.configs import VlmConfig
 from lavis.models.connectors.base import Connector
 from lavis.models.initial import initialise, load_initial
 from lavis.models.part import Part
+from lavis.models.parts import PartConfig
 from lavis.models.pretrained import load_model, save_model
 from lavis.models.scoring import Scorer
 from lavis.models.towers.base import Tower
@@ -54,6 +56,8 @@ class Vlm(Composition):
     ) -> None:
         super().__init__()
         self.config, self.image_token_id = config, image_token_id
+        self._span = config.tokens_per_tile
+        self._tower_shape = (config.tower.span(), config.tower.width()) if config.tower is not None else (0, 0)
         self.visual_encoder = _tower(config, on_meta, all_on_meta)
         self.llm_model = llm
         self.connector = _connector(config, llm, on_meta, all_on_meta)
@@ -67,7 +71,7 @@ class Vlm(Composition):
     def from_config(
         cls,
         config: VlmConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
         device: torch.device | str = "cpu",
         llm_dtype: torch.dtype | Literal["auto"] | None = None,
         init: Sequence[Init] = (),
@@ -212,7 +216,9 @@ class Vlm(Composition):
         """The vectors an image (or tile) becomes, as far as they may be stored: [N, 3, S, S] -> [N, Q, D_enc]."""
         assert self.visual_encoder is not None and self.connector is not None
         with torch.no_grad() if self.tower_frozen else contextlib.nullcontext():
-            return self.connector.encode(self.visual_encoder.encode(pixels_NCHW))
+            vectors = self.visual_encoder.encode(pixels_NCHW)
+            _check_vectors("tower", self.config.tower, vectors, self._tower_shape)
+            return self.connector.encode(vectors)
 
     def encoder_tensors(self) -> dict[str, torch.Tensor]:
         """What `encode_images` uses, by public name."""
@@ -227,17 +233,19 @@ class Vlm(Composition):
         """As `embed`; images: pixel_values [N, 3, S, S] or features [N, Q, D_enc] of the ids' placeholders, in reading
         order.
         """
-        table = self.llm_model.get_input_embeddings()
+        table: Any = self.llm_model.get_input_embeddings()
         ids = input_ids.to(table.weight.device)
-        if self.connector is None:
+        if self.connector is None or self.image_token_id is None:
             return table(ids)
-        places = ids == self.image_token_id
+        places = torch.eq(ids, self.image_token_id)
         # a placeholder that was added to the tokenizer has no row of its own
         embeds = table(ids.masked_fill(places, 0))
         if images is None:
             return embeds
-        encoded = self.encode_images(images) if images.ndim == 4 else images
-        return embeds.masked_scatter(places.unsqueeze(-1), self.connector.project(encoded).to(embeds))
+        vectors = self.connector.project(self.encode_images(images) if images.ndim == 4 else images)
+        # masked_scatter would take what it needs of any vectors, and put one picture's in the places of another
+        _check_vectors("connector", self.config.connector, vectors, (self._span, embeds.shape[-1]))
+        return embeds.masked_scatter(places.unsqueeze(-1), vectors.to(embeds))
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The LLM's last hidden states [B, L, D], behind its final norm."""
@@ -271,9 +279,20 @@ class Vlm(Composition):
             tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("llm_model.")}
             return [write_tensors(tensors, folder / "tower.safetensors", dtype)]
         folder.mkdir(parents=True, exist_ok=True)
-        self.llm_model.to(dtype).save_pretrained(folder)
+        llm: Any = self.llm_model  # transformers declares `to` without a signature
+        llm.to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return [folder]
+
+
+def _check_vectors(part: str, config: PartConfig | None, vectors: torch.Tensor, shape: tuple[int, int]) -> None:
+    """Raise ConfigError if a part does not give what its section says; preparation relied on that."""
+    if vectors.shape[1:] != shape:
+        gives, says = " x ".join(map(str, vectors.shape[1:])), " x ".join(map(str, shape))
+        raise ConfigError(
+            f"model.{part} {getattr(config, 'name', '')}: it gives {gives} (vectors of a picture x width) where {says}"
+            " follow from span() and width() of its section. Correct these, or what it gives."
+        )
 
 
 def _load(part: Part) -> tuple[str, ...]:
@@ -296,7 +315,8 @@ def _tower(config: VlmConfig, on_meta: bool, always: bool) -> Tower | None:
 def _connector(config: VlmConfig, llm: PreTrainedModel, on_meta: bool, always: bool) -> Connector | None:
     if config.connector is None or config.tower is None:
         return None
-    width = llm.get_input_embeddings().weight.shape[1]
+    table: Any = llm.get_input_embeddings()
+    width = table.weight.shape[1]
     with _made(always or (on_meta and config.connector.weights is not None)):
         return CONNECTORS.get(config.connector.name).from_config(config.connector, config.tower.width(), width)
 

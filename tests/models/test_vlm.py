@@ -98,6 +98,22 @@ def test_attention_layers_of_the_tower_are_found():
     assert all("attention" in name for name in lora_targets(model.connector.Qformer, "attention"))
 
 
+@pytest.mark.parametrize(
+    ("part", "output", "said"),
+    [
+        ("tower", torch.zeros(2, 9, 48), "model.tower eva_clip_g: it gives 9 x 48"),
+        ("connector", torch.zeros(2, 3, 64), "model.connector qformer_linear: it gives 3 x 64"),
+        ("connector", torch.zeros(2, 4, 60), "it gives 4 x 60 .* where 4 x 64 follow from span\\(\\) and width"),
+    ],
+)
+def test_a_part_that_gives_other_vectors_than_its_section_says_is_refused(model, monkeypatch, part, output, said):
+    """Such vectors would be put in the places of another picture without a word."""
+    module, name = (model.visual_encoder, "encode") if part == "tower" else (model.connector, "project")
+    monkeypatch.setattr(module, name, lambda *_: output)
+    with pytest.raises(ConfigError, match=said):
+        model.embed(batch_of([15, 12], [1, 1]))
+
+
 @pytest.mark.parametrize("thawed", [False, True])
 def test_a_filler_lets_every_trained_part_take_part_with_no_effect(thawed):
     model = small_model(freeze_vit=not thawed)
