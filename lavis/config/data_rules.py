@@ -40,6 +40,8 @@ def entries(recipe: Recipe) -> Iterator[str]:
 
 
 def _entry(key: str, entry: DataEntry) -> Iterator[str]:
+    if not all(isinstance(path, str) for path in as_list(entry.path)):
+        yield f"{key}.path is {entry.path!r}: give the annotation file, or a list of files, as text."
     files = len(as_list(entry.path))
     if entry.source == "files" and not files:
         yield f"{key}.path is empty: name the annotation file, or a source that generates its rows."

@@ -29,7 +29,8 @@ validates it.
 Two keys stand beside the sections:
 
 - `base: NAME`, or a list of several, later ones winning: recipes that this one changes, each a file beside it or the
-  name of a shipped one (`base: instruction_tuning/train`). Mappings merge, lists replace, null overrides a value.
+  name of a shipped one (`base: instruction_tuning/train`). Mappings merge, lists replace, null overrides a value
+  (as a section it says nothing).
   A section that names another part (`model.tower.name`, `model.connector.name`, `objective.name`) takes nothing from
   the bases' section.
 - `imports: [my_parts.py, package.module]`: Python of your own that registers towers, connectors, objectives, metrics,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from lavis.config.init import Init, inits
 from lavis.core.paths import resolve
 
 if TYPE_CHECKING:
@@ -62,9 +63,16 @@ def needed_files(recipe: Recipe) -> list[NeededFile]:
         if (file.kind, file.name) not in seen:  # entries may share a file or an image folder
             seen.add((file.kind, file.name))
             files.append(file)
+    files += [NeededFile(f"init.{i}.from", "checkpoint", _start(item)) for i, item in enumerate(inits(recipe.init))]
     if recipe.run.resume not in ("never", "auto"):
         files.append(NeededFile("run.resume", "checkpoint", recipe.run.resume))
     return files
+
+
+def _start(init: Init) -> str:
+    """Where a source of `init` is, or belongs: by itself, else under cache/."""
+    path, cached = Path(init.source).expanduser(), resolve(init.source)
+    return str(cached if cached.exists() and not path.exists() else path)
 
 
 def missing_files(recipe: Recipe) -> list[tuple[str, Path]]:

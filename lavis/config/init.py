@@ -26,7 +26,10 @@ class Init:
             return None, [f"{key} is {values!r}: give {want}."]
         parts = values.get("parts") or []
         parts = [parts] if isinstance(parts, str) else list(parts)
-        problems = [f"{key}.{name}: unknown key; known: from, parts." for name in values.keys() - {"from", "parts"}]
+        problems = (
+            [f"{key}.parts is empty: name {', '.join(PARTS)}, or leave it out."] if values.get("parts") == [] else []
+        )
+        problems += [f"{key}.{name}: unknown key; known: from, parts." for name in values.keys() - {"from", "parts"}]
         problems += [f"{key}.parts: {name!r} is not one of {', '.join(PARTS)}." for name in parts if name not in PARTS]
         return cls(values["from"], tuple(parts)), problems
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -113,13 +113,41 @@ def _drop(values: DictConfig, key: str) -> None:
 
 def merged(layers: Sequence[Layer]) -> dict[str, Any]:
     """The values of all layers, later ones winning, interpolations not filled in."""
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.merge(*(layer.values for layer in layers))))
+    return cast("dict[str, Any]", OmegaConf.to_container(_merged(layers)))
+
+
+def _merged(layers: Sequence[Layer]) -> Any:
+    try:
+        return OmegaConf.merge(*(layer.values for layer in layers))
+    except TypeError as e:
+        raise ConfigError(_clash(layers) or str(e)) from e
+
+
+def _clash(layers: Sequence[Layer]) -> str:
+    """The first key at which one layer has a list and another a mapping, as a sentence."""
+    seen: dict[str, tuple[str, int]] = {}
+    for i, layer in enumerate(layers):
+        for key, kind in _containers(layer.plain):
+            before, above = seen.setdefault(key, (kind, i))
+            if before != kind:
+                (written, here), (_, there) = place(key, layers[: i + 1]), place(key, layers[: above + 1])
+                return f"{written} ({here}) is a {kind}, but a {before} is expected ({there})."
+    return ""
+
+
+def _containers(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in node.items():
+        if isinstance(value, list):
+            yield f"{prefix}{name}", "list"
+        elif isinstance(value, Mapping):
+            yield f"{prefix}{name}", "mapping"
+            yield from _containers(value, f"{prefix}{name}.")
 
 
 def resolved(layers: Sequence[Layer], source: Path) -> dict[str, Any]:
     """The merged layers as plain values, interpolations filled in."""
     try:
-        values = OmegaConf.merge(*(layer.values for layer in layers))
+        values = _merged(layers)
         return cast("dict[str, Any]", OmegaConf.to_container(values, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as e:
         raise ConfigError(f"{label(source)}: {e.full_key or 'a value'}: {str(e).splitlines()[0]}.") from e

@@ -166,7 +166,7 @@ def _arch(layers: Sequence[Layer]) -> str:
 def _model(layers: Sequence[Layer]) -> Mapping[str, Any]:
     model = merged(layers).get("model") or {}
     if not isinstance(model, Mapping):
-        raise ConfigError(f"model: {model!r} is not a mapping ({layers[0].label}).")
+        raise ConfigError(f"model: {model!r} is not a mapping ({where('model', layers)}).")
     return model
 
 

@@ -238,7 +238,7 @@ class DataConfig:
         4, "processes per rank that load images; 0 loads in the training process", at_least=0, resume="free"
     )
     max_bad_image_share: float = opt(
-        0.01, "stop when more than this share of images could not be read", at_least=0, resume="free"
+        0.01, "stop when more than this share of images could not be read, once 100 were", at_least=0, resume="free"
     )
     cache_features: bool = opt(
         False,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lavis.core.errors import ConfigError
 from lavis.core.logging import warn_once
+from lavis.core.paths import PACKAGE_ROOT
 
 GROUP = "lavis.plugins"
 """Entry-point group of installed packages; each names a module, which registers what it has."""
@@ -29,6 +30,7 @@ COPIES = "imports"
 TRUST = "LAVIS_RUN_IMPORTS"
 """Environment variable; 1 executes the Python files of whatever run is opened."""
 _PREFIX = "lavis_imports_"
+_PACKAGE = str(PACKAGE_ROOT) + os.sep
 _EXECUTED: dict[str, bytes] = {}
 """Module name to the text it was made of, which may have changed on disk since."""
 
@@ -137,9 +139,9 @@ def _execute(path: Path, place: str) -> None:
 
 
 def _failure(error: BaseException, name: str, place: str) -> str:
-    """What went wrong, at the innermost line that is not of this module or of Python's own import machinery."""
+    """What went wrong, at the innermost line that is not of this package or of Python's own import machinery."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen importlib")]
-    own = [frame for frame in frames if frame.filename != __file__ and importlib.__file__ != frame.filename]
+    own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, importlib.__file__))]
     line = own[-1] if own else None
     at = f"{line.filename}:{line.lineno}: " if line else ""
     if isinstance(error, SyntaxError):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from lavis.config.schema import DataEntry
-from lavis.core.errors import DataError
+from lavis.core.errors import DataError, LavisError
 from lavis.core.paths import resolve
 from lavis.core.registries import SOURCES
 from lavis.core.types import Conversation, Document, Example, MediaRef, Message, Pair, RowError
@@ -71,17 +71,28 @@ class FileSource:
         process = text_processor(self.entry.text)
         for where, row in self.rows(on_error):
             try:
-                dialect = _detect(row, where, self.key) if self.entry.format == "auto" else self.entry.format
-                yield self._processed(self._checked(to_example(row, dialect, where=where), where), process)
+                yield self._processed(self._checked(self._read(row, where), where), process)
             except RowError as error:
                 if on_error is None:
                     raise
                 on_error(error)
 
+    def _read(self, row: Row, where: str) -> Example:
+        try:
+            dialect = _detect(row, where, self.key) if self.entry.format == "auto" else self.entry.format
+            return to_example(row, dialect, where=where)
+        except LavisError:
+            raise
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise RowError("the dialect fails", where, f"Change the row, or what reads {self.key}.", detail) from error
+
     def _checked(self, example: Example, where: str) -> Example:
         """The example in the form that all of its kind have."""
         wanted = _TYPES.get(self.entry.kind, Conversation)
         if not isinstance(example, wanted):
+            if type(example) not in _KIND_OF:
+                raise RowError(f"the dialect gives a {type(example).__name__}, no example", where, "Correct it.")
             kind = _KIND_OF[type(example)]
             fix = f"Set {self.key}.kind to {kind}, or give rows of kind {self.entry.kind}."
             raise RowError(f"the row is a {kind}, not a {self.entry.kind}", where, fix)

@@ -12,10 +12,12 @@ A metric of one's own is a class with a `name` and a `score`, registered in METR
 
 from __future__ import annotations
 
+import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
+from lavis.core.errors import TrainingError
 from lavis.core.registries import METRICS
 from lavis.eval.answers import Answer
 
@@ -27,6 +29,19 @@ class Metric(Protocol):
 
     def score(self, answers: Sequence[Answer]) -> dict[str, float]:
         """Name to number; names of parts begin with the metric's own: `accuracy/lang=en`."""
+
+
+def judged(metric: Metric, answers: Sequence[Answer]) -> dict[str, float]:
+    """What `metric` says of `answers`. Raises TrainingError naming it if it fails or gives no numbers."""
+    try:
+        scores = {name: float(value) for name, value in metric.score(answers).items()}
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise TrainingError(
+            f"the metric {metric.name!r} fails: {type(error).__name__}: {error} ({line.filename}:{line.lineno}). The"
+            " answers are written; correct it and evaluate again."
+        ) from error
+    return scores
 
 
 @METRICS.register("accuracy")

@@ -17,7 +17,7 @@ from lavis.data.loader import eval_batches
 from lavis.data.table import PreparedTable
 from lavis.data.texts import Texts
 from lavis.eval.answers import Answerer, write_answers
-from lavis.eval.metrics import Metric
+from lavis.eval.metrics import Metric, judged
 from lavis.objectives.learner import Learner
 from lavis.runs.report import SampleReport
 from lavis.tokens.template import without_images
@@ -82,10 +82,10 @@ class Evaluator:
             answers = self.answerer.answer(
                 conversations, batch_size=self.recipe.eval.batch_size, max_new_tokens=self.recipe.eval.max_new_tokens
             )
-            for metric in self.metrics:
-                results |= {f"{label}/{split}/{k}": v for k, v in metric.score(answers).items()}
             if self.world.is_main:
                 write_answers(self.folder / f"answers_{label}_{split}.jsonl", answers)
+            for metric in self.metrics:
+                results |= {f"{label}/{split}/{k}": v for k, v in judged(metric, answers).items()}
         return results
 
     def sample_prompts(self, step: int) -> None:

@@ -59,6 +59,14 @@ def test_a_shipped_recipe_is_a_base_by_its_name(folder: Path) -> None:
     assert recipe.place("optim.lr").startswith("lavis/projects/shapes/align.yaml:")
 
 
+def test_a_mapping_over_a_list_of_the_base_is_named_with_both_lines(folder: Path) -> None:
+    own = write(folder, "own.yaml", "base: base\nrun:\n  trackers: {a: 1}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(own)
+    said = f"run.trackers ({own}:3) is a mapping, but a list is expected ({folder / 'base.yaml'}:7)"
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("base", "said"),
     [

@@ -99,7 +99,11 @@ def test_a_run_from_elsewhere_executes_nothing_unless_it_is_trusted(
         ("[bad.py]", "x = 1\ny = x / 0\n", "{folder}/bad.py:2: ZeroDivisionError: division by zero"),
         ("[bad.py]", "x = 1\ndef f(:\n", "{folder}/bad.py:2: SyntaxError"),
         ("[bad.py]", "import no_such_module\n", "{folder}/bad.py:1: ModuleNotFoundError"),
-        ("[bad.py]", PARTS.format(name="constant_lr"), "'constant_lr' is registered already"),
+        (
+            "[bad.py]",
+            PARTS.format(name="constant_lr"),
+            "{folder}/bad.py:4: RegistryError: learning-rate schedule 'constant_lr' is registered already",
+        ),
     ],
 )
 def test_what_cannot_be_imported_is_named_with_its_line(parts: Path, imports: str, text: str, said: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lavis.config.files import needed_files
 from lavis.config.recipe import load_model_config, load_preprocess_config, load_recipe, missing_files, recipe_from_dict
 from lavis.core.errors import ConfigError
 from lavis.core.logging import warn_once
@@ -101,6 +102,8 @@ def test_all_wrong_keys_and_values_are_told_at_once_with_place_and_mend(recipe_f
         (["run=3"], "run (--options): 3 is not a mapping"),
         (["model=3"], "model: 3 is not a mapping"),
         (["datasets=3"], "datasets: 3 is not a mapping"),
+        (["log.trackers={a: 1}"], "log.trackers (--options) is a mapping, but a list is expected (schema)"),
+        (["model.arch=vlm", "init=[{from: x, parts: []}]"], "init.0.parts is empty: name tower, connector, llm"),
     ],
 )
 def test_a_wrong_option_says_what_and_where(recipe_file: Path, options: list[str], said: str) -> None:
@@ -172,6 +175,17 @@ def test_missing_files_are_named_by_key_and_place(
     assert ("data.train.0.path", tmp_path / "there.json") in missing
     assert ("model.connector.weights", tmp_path / "ckpt/blip2/blip2_pretrained_flant5xxl.pth") in missing
     assert ("data.train.0.path", tmp_path / "here.json") not in missing
+
+
+def test_what_a_part_starts_from_is_a_needed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAVIS_CACHE", str(tmp_path))
+    (tmp_path / "cached.safetensors").touch()
+    recipe = load_recipe("shapes/align", ["init=[{from: cached.safetensors}, {from: no/run}]"])
+    starts = [(file.key, file.kind, file.name) for file in needed_files(recipe) if file.key.startswith("init.")]
+    assert starts == [
+        ("init.0.from", "checkpoint", str(tmp_path / "cached.safetensors")),
+        ("init.1.from", "checkpoint", "no/run"),
+    ]
 
 
 def test_a_model_section_and_its_processors_stand_alone() -> None:

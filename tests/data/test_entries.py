@@ -137,6 +137,8 @@ def test_fractions_of_documents_are_cut_before_the_blocks(cache: Path, recipe_of
         ({"train": [{"path": "a"}], "test": [{"path": "a", "kind": "document"}]}, "data.test.0 holds documents"),
         ({"train": [{"path": "a", "kind": "caption"}]}, "takes conversation, document, pair or prompt"),
         ({"train": [{"path": "a", "url": ["x", "y"]}]}, "url has 2 for the 1 of data.train.0.path"),
+        ({"train": [{"path": 3}]}, "data.train.0.path is 3: give the annotation file"),
+        ({"train": ["a.json"]}, "data.train.0"),
     ],
 )
 def test_wrong_entries_are_told(recipe_of, data: dict[str, Any], said: str) -> None:
@@ -214,6 +216,29 @@ def test_a_dialect_and_a_source_of_ones_own(
     assert "numbers train: 3 rows" in capsys.readouterr().out
     named = recipe_of({"train": [{"path": "quiz.jsonl", "format": "quiz"}]})
     assert len(prepare_split(named, "train", tokenizer)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("question", "right", "said"),
+    [
+        ("Hi?", 4, "a part of a message is not text (int)"),
+        ([1], "yes", "a part of a message is not text (list)"),
+        ("Hi?", "nothing", "the dialect gives a NoneType, no example"),
+        ("Hi?", "missing", "the dialect fails (KeyError: 'missing')"),
+    ],
+)
+def test_a_row_that_a_dialect_of_ones_own_can_not_read_is_named(
+    cache: Path, recipe_of, own, tokenizer, monkeypatch: pytest.MonkeyPatch, question: Any, right: Any, said: str
+) -> None:
+    read = own.Quiz.read
+    answers = {"nothing": lambda *_: None, "missing": lambda row, _: row["missing"]}
+    monkeypatch.setattr(own.Quiz, "read", staticmethod(lambda r, w: answers.get(str(r["right"]), read)(r, w)))
+    rows = [{"question": "Hi?", "right": "yes"}, {"question": question, "right": right}]
+    (cache / "quiz.json").write_text(json.dumps(rows))
+    recipe = recipe_of({"train": [{"path": "quiz.json", "format": "quiz"}]})
+    (table,) = prepare_split(recipe, "train", tokenizer)
+    (dropped,) = table.report.dropped.values()
+    assert len(table) == 1 and dropped.count == 1 and "quiz.json row 2: " + said in str(dropped)
 
 
 # ---- check and show of other kinds

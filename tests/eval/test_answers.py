@@ -1,5 +1,9 @@
+import pytest
+
+from lavis.core.errors import TrainingError
 from lavis.core.registries import METRICS
 from lavis.eval.answers import Answer, normalize, read_answers, write_answers
+from lavis.eval.metrics import judged
 
 
 def answer(expected, given, kind="colour", lang="en"):
@@ -27,3 +31,18 @@ def test_answers_survive_the_disk(tmp_path):
     answers = [answer("红色", "红色", lang="zh"), answer("red", "blue")]
     write_answers(tmp_path / "a.jsonl", answers)
     assert read_answers(tmp_path / "a.jsonl") == answers
+
+
+@pytest.mark.parametrize(("value", "said"), [("x", "ValueError"), (None, "TypeError"), (1 / 3, "")])
+def test_a_metric_that_fails_or_gives_no_number_is_named(value, said):
+    class Own:
+        name = "own"
+
+        def score(self, answers):
+            return {"own": value}
+
+    if not said:
+        assert judged(Own(), []) == {"own": 1 / 3}
+        return
+    with pytest.raises(TrainingError, match=f"the metric 'own' fails: {said}.*The answers are written"):
+        judged(Own(), [])

@@ -18,6 +18,8 @@ def over_lists(values: Mapping[str, Any], datasets: Mapping[str, Any]) -> Iterat
     lists = {section: get(values, f"data.{section}") for section in SPLITS}
     lists = {section: entries if isinstance(entries, list) else [] for section, entries in lists.items()}
     everything = [entry for entries in lists.values() for entry in entries]
+    if not all(isinstance(entry, Mapping) for entry in everything):
+        return  # the schema refuses it
     names = list(dict.fromkeys(_name(entry) for entry in everything))
     ratios = get(values, RATIOS) or {}
     known = ", ".join(names) or "none"

@@ -59,6 +59,7 @@ def well_formed(conversation: Conversation, where: str, *, answered: bool = True
     Raises RowError where that cannot be had, for empty answers, and for pictures outside user turns.
     """
     messages = list(conversation.messages)
+    _check_parts(messages, where)
     system = messages[:1] if messages and messages[0].role == "system" else []
     turns = messages[len(system) :]
     if turns and turns[0].role == "assistant":
@@ -70,6 +71,17 @@ def well_formed(conversation: Conversation, where: str, *, answered: bool = True
     for i, turn in enumerate(turns):
         _check_turn(i, turn, where)
     return replace(conversation, messages=(*system, *turns))
+
+
+def _check_parts(messages: Sequence[Message], where: str) -> None:
+    """A dialect may hand on what the file holds, of whatever type."""
+    for i, part in ((i, part) for i, message in enumerate(messages) for part in message.parts):
+        content = part.path if isinstance(part, MediaRef) else part
+        if not isinstance(content, str):
+            what = "the path of a picture" if isinstance(part, MediaRef) else "a part of a message"
+            raise RowError(
+                f"{what} is not text ({type(content).__name__})", where, "Give a string.", f"message {i + 1}"
+            )
 
 
 def _check_turn(i: int, turn: Message, where: str) -> None:
