@@ -38,11 +38,6 @@ class ConvTower(Tower):
             nn.Conv2d(config.channels, config.channels, 2, stride=2),
         )
 
-    @classmethod
-    def from_config(cls, config: ConvConfig) -> ConvTower:
-        """See Tower."""
-        return cls(config)
-
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """See Tower."""
         return self.model(pixels_NCHW).flatten(2).transpose(1, 2)
@@ -65,11 +60,6 @@ class NormLinear(Connector):
         super().__init__()
         self.config = config
         self.norm_linear = nn.Sequential(nn.LayerNorm(tower_width), nn.Linear(tower_width, llm_width))
-
-    @classmethod
-    def from_config(cls, config: NormLinearConfig, tower_width: int, llm_width: int) -> NormLinear:
-        """See Connector."""
-        return cls(config, tower_width, llm_width)
 
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
         """See Connector."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lavis.config.init import inits
 from lavis.core.errors import CheckpointError, ConfigError
@@ -143,7 +143,7 @@ def open_texts(trained: Trained, folder: Path) -> Texts:
     return texts
 
 
-def build(trained: Trained, tokenizer: PreTrainedTokenizerBase, precision: Precision = "auto") -> Vlm:
+def build(trained: Trained, tokenizer: PreTrainedTokenizerFast, precision: Precision = "auto") -> Vlm:
     """The trained model on the CPU, its LoRA adapters merged, in eval mode."""
     # A quantised LLM has lost its weights: the ones it was made from are exported.
     config = replace(trained.model, llm=replace(trained.model.llm, quantization=None, device_map=None))

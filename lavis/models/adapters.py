@@ -29,7 +29,7 @@ def add_lora(module: nn.Module, settings: LoraSettings, whole_name: Callable[[st
 
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft computes with fractions too
         lora_dropout=settings.dropout,
         target_modules=lora_targets(module, settings.targets),
         bias="none",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ Own = Mapping[str, torch.Tensor]
 
 def initialise(module: nn.Module) -> None:
     """Give parameters that are still on the meta device the values that a new module has."""
+    inner: Any
     for inner in module.modules():
         if any(p.is_meta for p in inner.parameters(recurse=False)):
             inner.to_empty(device="cpu", recurse=False)
@@ -58,8 +59,8 @@ def load_initial(
     chosen = {name: tensors[name] for name in wanted if not elsewhere(name)}
     adapted = {part_of(name) for name in chosen if ".lora_" in name}
     needed = {n: t for n, t in own.items() if n in chosen or _is_needed(n, parts, adapted, filled)}
-    shapes = ({name: t.shape for name, t in group.items()} for group in (needed, chosen))
-    check_fit(init.source, *shapes, lambda name: name not in own and is_text_branch(name))
+    own_shapes, found = ({name: t.shape for name, t in group.items()} for group in (needed, chosen))
+    check_fit(init.source, own_shapes, found, lambda name: name not in own and is_text_branch(name))
     with torch.no_grad():
         for name, tensor in needed.items():
             tensor.copy_(chosen[name])

@@ -55,9 +55,9 @@ def load_llm(
     quantization: int8 or int4 (bitsandbytes). Raises CheckpointError when there is no such LLM.
     """
     folder = resolve(name)
-    source = {"pretrained_model_name_or_path": str(folder if folder.exists() else name)}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder if folder.exists() else name)}
     source = gguf_arguments(name) if is_gguf(name) else source
-    settings = {
+    settings: dict[str, Any] = {
         "dtype": dtype,
         "device_map": device_map,
         "max_memory": max_memory,
@@ -98,7 +98,7 @@ def spread(llm: PreTrainedModel, max_memory: dict[int | str, int]) -> None:
     dispatch_model(llm, device_map)
 
 
-def _quantization(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(kind: str | None, dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings of a recipe's `quantization`. Raises ConfigError if it is not installed."""
     if kind is None:
         return None

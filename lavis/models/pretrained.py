@@ -111,9 +111,8 @@ def _known_types() -> tuple[str, ...]:
 
 def _without_files(config: VlmConfig) -> VlmConfig:
     """`config` of a model that brings its weights itself; the LLM's name stays, for its tokenizer."""
-    parts = {
-        name: part and part.without_files() for name, part in (("tower", config.tower), ("connector", config.connector))
-    }
+    parts: dict[str, Any] = {"tower": config.tower, "connector": config.connector}
+    parts = {name: part and part.without_files() for name, part in parts.items()}
     return replace(config, **parts, llm=replace(config.llm, device_map=None), released=None)
 
 
@@ -145,8 +144,8 @@ def _read_section(values: Mapping[str, Any], folder: Path) -> VlmConfig:
         )
     section = layers[0]["model"]
     if "media" not in section and section.get("preset"):  # older ones said nothing of pictures, but which type they are
-        folder, _, name = section["preset"].rpartition("/")
-        preset: Any = load_model_config(folder, name)
+        group, _, name = section["preset"].rpartition("/")
+        preset: Any = load_model_config(group, name)
         config = replace(config, media=preset.media)
     return config
 
@@ -162,6 +161,7 @@ def _llm(
         for k, v in tensors.items()
         if k.startswith(LLM) and ".lora_" not in k
     }
-    llm = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=own, dtype=dtype)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    llm = causal.from_pretrained(None, config=config, state_dict=own, dtype=dtype)
     llm.generation_config = GenerationConfig.from_pretrained(folder)
     return llm

@@ -98,7 +98,7 @@ class HfVisionConfig(TowerConfig):
     )
     final_norm: bool = opt(False, "put the model's final norm behind it (CLIP's patches have none)")
     class_token: str = opt("drop", "vectors that stand for no patch: class token, registers", choices=("drop", "keep"))
-    image_size: Optional[int] = opt(
+    image_size: Optional[int] = opt(  # type: ignore[assignment]  # null only until the files are read
         None, "side of the square a picture becomes, pixels; null = that of the files; others resize positions"
     )
 
@@ -216,7 +216,7 @@ class TimmConfig(TowerConfig):
     layer: int = opt(-1, "output that is taken: -1 is of the last block, -2 of the last but one, 3 of the third")
     final_norm: bool = opt(True, "put the model's final norm behind it")
     class_token: str = opt("drop", "vectors that stand for no patch: class token, registers", choices=("drop", "keep"))
-    image_size: Optional[int] = opt(
+    image_size: Optional[int] = opt(  # type: ignore[assignment]  # null only until the files are read
         None, "side of the square a picture becomes, pixels; null = that of the model; others resize positions"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,9 +26,9 @@ class Connector(Part, ABC):
     """Beginnings of the names of the tensors that `encode` uses."""
 
     @classmethod
-    @abstractmethod
-    def from_config(cls, config: ConnectorConfig, tower_width: int, llm_width: int) -> Connector:
-        """The connector with new weights (on the meta device where that is the default device)."""
+    def from_config(cls, config: Any, tower_width: int, llm_width: int) -> Connector:
+        """The connector of its section, with new weights (on the meta device where that is the default device)."""
+        return cls(config, tower_width, llm_width)
 
     def encode(self, vectors_NTD: torch.Tensor) -> torch.Tensor:
         """What may be cached when `encoder_frozen`."""

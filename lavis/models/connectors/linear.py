@@ -21,11 +21,6 @@ class LinearConnector(Connector):
         self.config = config
         self.llm_proj = nn.Linear(tower_width, llm_width)
 
-    @classmethod
-    def from_config(cls, config: LinearConfig, tower_width: int, llm_width: int) -> LinearConnector:
-        """See Connector."""
-        return cls(config, tower_width, llm_width)
-
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
         """See Connector."""
         return self.llm_proj(encoded_NTD)

@@ -25,11 +25,6 @@ class MlpConnector(Connector):
         further = chain.from_iterable((nn.GELU(), nn.Linear(llm_width, llm_width)) for _ in range(config.depth - 1))
         self.mm_projector = nn.Sequential(nn.Linear(tower_width, llm_width), *further)
 
-    @classmethod
-    def from_config(cls, config: MlpConfig, tower_width: int, llm_width: int) -> MlpConnector:
-        """See Connector."""
-        return cls(config, tower_width, llm_width)
-
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
         """See Connector."""
         return self.mm_projector(encoded_NTD)

@@ -26,11 +26,6 @@ class PixelShuffleConnector(Connector):
             nn.LayerNorm(width), nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
         )
 
-    @classmethod
-    def from_config(cls, config: PixelShuffleConfig, tower_width: int, llm_width: int) -> PixelShuffleConnector:
-        """See Connector."""
-        return cls(config, tower_width, llm_width)
-
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
         """See Connector."""
         return self.mlp1(shuffled(encoded_NTD, self.config.factor))

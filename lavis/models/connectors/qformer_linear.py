@@ -86,16 +86,12 @@ class QFormer(Part):
 class QFormerLinear(QFormer, Connector):
     """The queries' outputs through one linear layer."""
 
+    config: QFormerLinearConfig
     encoder_prefixes = ENCODER
 
     def __init__(self, config: QFormerLinearConfig, tower_width: int, llm_width: int) -> None:
         super().__init__(config, tower_width)
         self.llm_proj = nn.Linear(config.qformer.hidden_size, llm_width)
-
-    @classmethod
-    def from_config(cls, config: QFormerLinearConfig, tower_width: int, llm_width: int) -> QFormerLinear:
-        """See Connector."""
-        return cls(config, tower_width, llm_width)
 
     def freeze(self) -> None:
         """See Part."""

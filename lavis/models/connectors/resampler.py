@@ -65,11 +65,6 @@ class Resampler(Connector):
         self.blocks = nn.ModuleList(ResamplerBlock(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm_out, self.llm_proj = nn.LayerNorm(width), nn.Linear(width, llm_width)
 
-    @classmethod
-    def from_config(cls, config: ResamplerConfig, tower_width: int, llm_width: int) -> Resampler:
-        """See Connector."""
-        return cls(config, tower_width, llm_width)
-
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
         """See Connector."""
         vectors = self.norm_vectors(self.vectors_in(encoded_NTD))

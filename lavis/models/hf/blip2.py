@@ -33,14 +33,16 @@ def blip2_config(model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) -
 
     The ids go into the LLM's part: stock generation reads them there and not in generation_config.json.
     """
-    tower, connector = model.config.tower, model.config.connector
+    tower: Any = model.config.tower
+    qformer: Any = model.connector
+    vit: Any = model.get_submodule("visual_encoder.model")
     text = copy.deepcopy(model.llm_model.config)
     text.name_or_path = ""  # a folder of this machine
     vars(text).pop("quantization_config", None)  # of the file it was read from; the weights are whole here
     text.eos_token_id, text.pad_token_id = list(stop_token_ids), pad_token_id
     vision = {
         "hidden_size": tower.embed_dim,
-        "intermediate_size": model.visual_encoder.model.blocks[0].mlp.fc1.out_features,
+        "intermediate_size": vit.blocks[0].mlp.fc1.out_features,
         "num_hidden_layers": tower.depth,
         "num_attention_heads": tower.num_heads,
         "image_size": tower.image_size,
@@ -49,9 +51,9 @@ def blip2_config(model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) -
     }
     return Blip2Config(
         vision_config=vision,
-        qformer_config=model.connector.Qformer.config.to_dict(),
+        qformer_config=qformer.Qformer.config.to_dict(),
         text_config=text,
-        num_query_tokens=connector.num_query_token,
+        num_query_tokens=qformer.config.num_query_token,
         image_token_index=model.image_token_id,
     )
 
@@ -75,7 +77,8 @@ def own_config(values: Mapping[str, Any], where: str) -> VlmConfig:
     Raises CheckpointError when it is a model that this program's can't equal.
     """
     config = Blip2Config.from_dict(dict(values))
-    v, q = config.vision_config, config.qformer_config
+    v: Any = config.vision_config
+    q: Any = config.qformer_config
     needed = [
         ("image_token_index", config.image_token_index is not None, True),
         ("vision_config.layer_norm_eps", v.layer_norm_eps, 1e-6),

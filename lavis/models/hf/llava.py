@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ def to_stock(model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) -> Ll
         stock = LlavaForConditionalGeneration(_stock_config(model, stop_token_ids, pad_token_id))
     tower = stock.model.vision_tower
     _share(tower, _unused(tower) | dict(model.visual_encoder.model.state_dict()))
-    projector = model.connector.mm_projector
+    projector: Any = model.connector.mm_projector
     _share(stock.model.multi_modal_projector.linear_1, projector[0].state_dict())
     _share(stock.model.multi_modal_projector.linear_2, projector[2].state_dict())
     _share(stock.model.language_model, model.llm_model.base_model.state_dict())
@@ -79,7 +79,8 @@ def own_config(values: Mapping[str, Any], where: str) -> VlmConfig:
     Raises CheckpointError when it is a model that this program's cannot equal.
     """
     config = LlavaConfig.from_dict(dict(values))
-    layer, vision = config.vision_feature_layer, config.vision_config
+    layer: Any = config.vision_feature_layer
+    vision: Any = config.vision_config
     prefix = FAMILIES[vision.model_type].prefix if vision.model_type in FAMILIES else None
     needed = [
         ("vision_config.model_type", prefix is not None, True),
@@ -94,7 +95,8 @@ def own_config(values: Mapping[str, Any], where: str) -> VlmConfig:
         )
     keep = "drop" if config.vision_feature_select_strategy == "default" else "keep"
     tower = HfVisionConfig(name="hf_vision", config=vision.to_dict(), layer=layer, class_token=keep)
-    text = config.text_config.to_dict()
+    stock_text: Any = config.text_config
+    text = stock_text.to_dict()
     return VlmConfig(
         tower=tower,
         connector=MlpConfig(name="mlp"),
@@ -141,8 +143,8 @@ def _stock_config(model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) 
     text.name_or_path = ""  # a folder of this machine
     vars(text).pop("quantization_config", None)  # of the file it was read from; the weights are whole here
     text.eos_token_id, text.pad_token_id = list(stop_token_ids), pad_token_id
-    assert model.visual_encoder is not None
-    vision = copy.deepcopy(model.visual_encoder.model.config)
+    assert model.visual_encoder is not None and model.image_token_id is not None
+    vision: Any = copy.deepcopy(model.visual_encoder.model.config)
     vision.name_or_path = ""
     return LlavaConfig(
         vision_config=vision,
@@ -155,7 +157,7 @@ def _stock_config(model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) 
     )
 
 
-def selection(config: VlmConfig) -> tuple[str, int]:
+def selection(config: VlmConfig) -> tuple[Literal["default", "full"], int]:
     """LLaVA's vision_feature_select_strategy, and how many vectors of the tower stand for no patch."""
     tower: Any = config.tower
     prefix = _prefix(tower)

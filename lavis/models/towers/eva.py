@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -26,17 +27,12 @@ class EvaTower(Tower):
     """The class token's vector, then one for each patch."""
 
     config: EvaConfig
-    model: Eva
+    model: Any  # an Eva, of whose blocks no type is known
 
     def __init__(self, config: EvaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = _build(config)
-
-    @classmethod
-    def from_config(cls, config: EvaConfig) -> EvaTower:
-        """See Tower."""
-        return cls(config)
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """See Tower."""
@@ -134,6 +130,7 @@ def _build(config: EvaConfig) -> Eva:
     for linear in (m for m in vit.blocks.modules() if isinstance(m, nn.Linear)):
         nn.init.trunc_normal_(linear.weight, std=config.init_std)
     for positions in (vit.pos_embed, vit.cls_token):
+        assert positions is not None
         nn.init.trunc_normal_(positions, std=config.pos_init_std)
     vit.set_grad_checkpointing(config.recompute and config.train != "frozen")
     return vit

@@ -33,7 +33,7 @@ def dimensions(model: str, image_size: int | None) -> Dimensions:
 
 def create(model: str, image_size: int | None, **settings: Any) -> Any:
     """timm's `model`, without a head. Raises ConfigError if there is no ViT of that name and size."""
-    size = {} if image_size is None else {"img_size": image_size}
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
         vit = timm.create_model(model, num_classes=0, **size, **settings)
     except (TypeError, RuntimeError, AssertionError) as error:

@@ -26,6 +26,7 @@ class TimmVit(Tower):
     """The ViT up to the chosen block, whose output's patch vectors are the tower's. What lies behind is not built."""
 
     config: TimmConfig
+    model: Any  # a ViT of any of timm's modules
 
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
@@ -33,11 +34,6 @@ class TimmVit(Tower):
         self.model = create(config.model, config.image_size)
         self.model.prune_intermediate_layers([config.blocks() - 1], prune_norm=not config.final_norm, prune_head=True)
         self.model.set_grad_checkpointing(config.recompute and config.train != "frozen")
-
-    @classmethod
-    def from_config(cls, config: TimmConfig) -> TimmVit:
-        """See Tower."""
-        return cls(config)
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """See Tower."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +34,14 @@ class TransformersVision(Tower):
     """The model's blocks up to the chosen hidden state, whose vectors are the output. What lies behind is not built."""
 
     config: HfVisionConfig
+    model: Any  # a vision model of transformers
 
     def __init__(self, config: HfVisionConfig, model_config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
         self.model = _cut_model(config, model_config)
-        tokens = config.image_size // _first(model_config.patch_size)
-        self._grid = tokens
+        assert config.image_size is not None  # the section has taken it from the files
+        self._grid = config.image_size // _first(model_config.patch_size)
         if config.recompute and config.train != "frozen":
             recompute_activations(self.model)
 
@@ -163,7 +165,7 @@ class TransformersVision(Tower):
         }
 
 
-def _cut_model(config: HfVisionConfig, model_config: PreTrainedConfig) -> nn.Module:
+def _cut_model(config: HfVisionConfig, model_config: PreTrainedConfig) -> Any:
     """The model of `model_config` without what its patches' vectors do not need."""
     model = AutoModel.from_config(model_config)
     family = FAMILIES[model_config.model_type]
