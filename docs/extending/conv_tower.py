@@ -17,11 +17,9 @@ class ConvConfig(TowerConfig):
     channels: int = opt(32, "numbers of each vector", at_least=1)
 
     def span(self) -> int:
-        """See TowerConfig."""
         return (self.image_size // 16) ** 2
 
     def width(self) -> int:
-        """See TowerConfig."""
         return self.channels
 
 
@@ -39,7 +37,6 @@ class ConvTower(Tower):
         )
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """See Tower."""
         return self.model(pixels_NCHW).flatten(2).transpose(1, 2)
 
 
@@ -62,5 +59,4 @@ class NormLinear(Connector):
         self.norm_linear = nn.Sequential(nn.LayerNorm(tower_width), nn.Linear(tower_width, llm_width))
 
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
-        """See Connector."""
         return self.norm_linear(encoded_NTD)

@@ -60,7 +60,6 @@ _OWN_PLACE = ("model", "init", "data")
 
 
 def recipes_markdown() -> str:
-    """The whole page."""
     parts = [INTRO]
     for arch in MODEL_CONFIGS.list():
         cls = MODEL_CONFIGS.get(arch)

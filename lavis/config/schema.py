@@ -74,7 +74,6 @@ class ModelConfig:
 
     @property
     def sees(self) -> bool:
-        """Whether it reads images."""
         return False
 
     def changing(self) -> Iterator[str]:
@@ -136,8 +135,6 @@ class ProcessorPair:
 
 @dataclass
 class TextProcessorConfig(ProcessorConfig):
-    """A text processor."""
-
     name: str = opt("base_instruction", "name of the processor in the registry", registry="processor")
 
 

@@ -50,7 +50,6 @@ class World:
         return tensor.tolist()
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.group)
 

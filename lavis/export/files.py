@@ -21,7 +21,6 @@ class PthExporter(Exporter):
         return None
 
     def write(self, trained: Trained, target: Path, *, precision: Precision, max_shard_size: str) -> Written:
-        """See Exporter."""
         return Written(target, (export_pth(trained, target),))
 
 
@@ -36,5 +35,4 @@ class PeftExporter(Exporter):
         return None
 
     def write(self, trained: Trained, target: Path, *, precision: Precision, max_shard_size: str) -> Written:
-        """See Exporter."""
         return Written(target, tuple(export_peft(trained, target)))

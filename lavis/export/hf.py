@@ -93,7 +93,6 @@ class Blip2Exporter(StockExporter):
     about = BLIP2
 
     def problem(self, config: VlmConfig) -> str | None:
-        """See Exporter."""
         if config.tower is None or config.connector is None:
             return "Blip2ForConditionalGeneration has a vision tower, this model has none."
         media = config.media
@@ -111,11 +110,9 @@ class Blip2Exporter(StockExporter):
         return None
 
     def stock_model(self, model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) -> PreTrainedModel:
-        """See StockExporter."""
         return as_blip2(model, blip2_config(model, stop_token_ids, pad_token_id))
 
     def write_processor(self, folder: Path, template: ChatTemplate, model: Vlm) -> list[str]:
-        """See StockExporter."""
         return write_blip2_processor(folder, template, media_processor(model.config))
 
 

@@ -27,12 +27,10 @@ class LlavaExporter(StockExporter):
     about = LLAVA
 
     def problem(self, config: VlmConfig) -> str | None:
-        """See Exporter."""
         reason = why_not(config)
         return f"{reason}." if reason else None
 
     def stock_model(self, model: Vlm, stop_token_ids: Sequence[int], pad_token_id: int) -> PreTrainedModel:
-        """See StockExporter."""
         return to_stock(model, stop_token_ids, pad_token_id)
 
     def write_processor(self, folder: Path, template: ChatTemplate, model: Vlm) -> list[str]:

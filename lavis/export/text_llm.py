@@ -17,11 +17,9 @@ class TextLlmExporter(Exporter):
     """A folder that AutoModelForCausalLM and AutoTokenizer open, adapters merged."""
 
     def problem(self, config: VlmConfig) -> str | None:
-        """See Exporter."""
         return "a text LLM has no vision tower, this model has one." if config.sees else None
 
     def write(self, trained: Trained, target: Path, *, precision: Precision, max_shard_size: str) -> Written:
-        """See Exporter."""
         texts = open_texts(trained, target)
         llm = build(trained, texts.tokenizer, precision).llm_model
         settings = copy.deepcopy(llm.generation_config)

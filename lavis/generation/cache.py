@@ -34,7 +34,6 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As DynamicLayer's."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
@@ -155,7 +154,6 @@ class PrefixStore:
             del self._rows[next(iter(self._rows))]
 
     def clear(self) -> None:
-        """Forget all."""
         self._rows.clear()
 
     @property

@@ -111,7 +111,6 @@ class Row:
             self.end("length")
 
     def give(self, token: int) -> None:
-        """Hand out a token."""
         self.ids.append(token)
 
     def end(self, reason: FinishReason) -> None:
@@ -177,12 +176,10 @@ class KeyValueDecoder(Decoder):
 
     @property
     def window(self) -> int:
-        """See Decoder."""
         return context_length(self.llm)
 
     @property
     def repetition_penalty(self) -> float:
-        """See Decoder."""
         return getattr(self.llm.generation_config, "repetition_penalty", None) or 1.0
 
     @property
@@ -214,7 +211,6 @@ class KeyValueDecoder(Decoder):
         return logits
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor | None:
-        """See Decoder."""
         longest = max(self.lengths)
         ids = torch.tensor(tokens, device=self._device)[:, None]
         lengths = [n + 1 for n in self.lengths]
@@ -230,7 +226,6 @@ class KeyValueDecoder(Decoder):
         return {"attention_mask": mask, "position_ids": (columns[:, start:] - pads).clamp(min=0)}
 
     def keep(self, rows: Sequence[int]) -> None:
-        """See Decoder."""
         layers, self.lengths = self.layers, [self.lengths[i] for i in rows]
         if not rows:
             self._cache = None
@@ -264,7 +259,6 @@ class LocalDecoder(KeyValueDecoder):
         return out.logits[:, -1].float()
 
     def read(self, batch: Batch) -> torch.Tensor | None:
-        """See Decoder."""
         embeds = left_padded(self.model.embed(batch), batch.lengths)
         return self.add(embeds, embeds.shape[1], batch.lengths)
 

@@ -116,25 +116,20 @@ class _AnswerRow(Row):
 
     @property
     def ended(self) -> bool:
-        """See Row."""
         return self.answer.ended
 
     def take(self, token: int) -> None:
-        """See Row."""
         super().take(token)
         if not self.ended and self.answer.cancelled:
             self.end("cancelled")
 
     def give(self, token: int) -> None:
-        """See Row."""
         self.answer.give(token)
 
     def end(self, reason: FinishReason) -> None:
-        """See Row."""
         self.answer.end(reason)
 
     def fail(self, error: Exception) -> None:
-        """See Row."""
         self.answer.fail(_for_reader(error))
 
 

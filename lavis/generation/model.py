@@ -59,12 +59,10 @@ class ChatModel:
 
     @property
     def llm(self) -> PreTrainedModel:
-        """The LLM in it."""
         return cast(PreTrainedModel, self.model.llm_model)
 
     @property
     def sees(self) -> bool:
-        """Whether it reads images."""
         return self.media is not None
 
     @property

@@ -71,11 +71,9 @@ class Blip2QFormer(Composition):
         return self.connector.Qformer
 
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """As Vlm's."""
         return self.visual_encoder.borrowed_parameters()
 
     def unhooked_parameters(self) -> list[nn.Parameter]:
-        """As Vlm's."""
         parts = (self.visual_encoder, self.connector)
         return [*self.parameters(recurse=False), *(p for part in parts for p in part.unhooked_parameters())]
 
@@ -93,7 +91,6 @@ class Blip2QFormer(Composition):
         return self.image_tokens(batch.pixel_values)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """As `hidden`."""
         return self.hidden(batch)
 
     def scorer(self, calls: Callable[[int], int] | None = None) -> Blip2QFormer:

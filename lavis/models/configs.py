@@ -46,11 +46,9 @@ class VlmConfig(ModelConfig):
 
     @property
     def sees(self) -> bool:
-        """Whether it reads images."""
         return self.tower is not None
 
     def changing(self) -> Iterator[str]:
-        """See ModelConfig."""
         for name, part in (("tower", self.tower), ("connector", self.connector)):
             if part is not None:
                 yield from part.changing(f"model.{name}")
@@ -62,11 +60,9 @@ class VlmConfig(ModelConfig):
 
     @property
     def recomputes(self) -> Any:
-        """See ModelConfig."""
         return self.llm.recompute
 
     def with_recomputation(self, on: bool) -> VlmConfig:
-        """See ModelConfig."""
         return replace(self, llm=replace(self.llm, recompute=on))
 
     @property
@@ -77,7 +73,6 @@ class VlmConfig(ModelConfig):
         return self.connector.span(self.tower.span())
 
     def problems(self) -> Iterator[str]:
-        """See ModelConfig."""
         if (self.tower is None) != (self.connector is None):
             lacking = "connector" if self.connector is None else "tower"
             yield f"model.{lacking} is missing: a tower and a connector go together, or neither for text alone."
@@ -92,13 +87,11 @@ class VlmConfig(ModelConfig):
                 pass  # files that have yet to come say how many vectors a picture is
 
     def files(self) -> Iterator[NamedFile]:
-        """See ModelConfig."""
         for name, part in self.parts().items():
             yield from part.files(f"model.{name}")
 
     @property
     def tokenizer_source(self) -> tuple[str, str | None]:
-        """See ModelConfig."""
         key, name = self.llm.tokenizer_source
         return f"model.llm.{key}", name
 
@@ -123,30 +116,25 @@ class Blip2QFormerStage1Config(ModelConfig):
 
     @property
     def sees(self) -> bool:
-        """Whether it reads images."""
         return True
 
     def changing(self) -> Iterator[str]:
-        """See ModelConfig."""
         yield from self.tower.changing("model.tower")
         yield from self.connector.changing("model.connector")
 
     def problems(self) -> Iterator[str]:
-        """See ModelConfig."""
         yield from self.tower.problems("model.tower")
         yield from self.connector.problems("model.connector")
         if self.connector.name != QFormerLinearConfig().name:
             yield f"model.connector.name is {self.connector.name}, but this model trains a Q-Former: leave it out."
 
     def files(self) -> Iterator[NamedFile]:
-        """See ModelConfig."""
         yield from self.tower.files("model.tower")
         yield from self.connector.files("model.connector")
         yield NamedFile("model.text_tokenizer", "tokenizer", self.text_tokenizer)
 
     @property
     def tokenizer_source(self) -> tuple[str, str | None]:
-        """See ModelConfig."""
         return "model.text_tokenizer", self.text_tokenizer
 
 

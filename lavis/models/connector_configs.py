@@ -17,7 +17,6 @@ class LinearConfig(ConnectorConfig):
     """One linear layer, the same for every vector."""
 
     def span(self, tokens: int) -> int:
-        """See ConnectorConfig."""
         return tokens
 
 
@@ -28,7 +27,6 @@ class MlpConfig(ConnectorConfig):
     depth: int = opt(2, "linear layers", at_least=1)
 
     def span(self, tokens: int) -> int:
-        """See ConnectorConfig."""
         return tokens
 
 
@@ -39,7 +37,6 @@ class PixelShuffleConfig(ConnectorConfig):
     factor: int = opt(2, "side of the square of vectors that become one", at_least=1)
 
     def span(self, tokens: int) -> int:
-        """See ConnectorConfig."""
         side = math.isqrt(tokens)
         if side * side != tokens or side % self.factor:
             raise ConfigError(
@@ -60,10 +57,8 @@ class ResamplerConfig(ConnectorConfig):
     mlp_ratio: float = opt(4.0, "hidden width of the MLP / width")
 
     def span(self, tokens: int) -> int:
-        """See ConnectorConfig."""
         return self.queries
 
     def problems(self, key: str) -> Iterator[str]:
-        """See ConnectorConfig."""
         if self.width and self.width % self.heads:
             yield f"{key}.width is {self.width}, which is no multiple of the {self.heads} heads."

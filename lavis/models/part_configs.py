@@ -32,11 +32,9 @@ class EvaConfig(TowerConfig):
 
     @property
     def trained(self) -> bool:
-        """As PartConfig.trained."""
         return self.train != "frozen" or self.train_positions
 
     def changing(self, key: str) -> Iterator[str]:
-        """See TowerConfig."""
         yield from super().changing(key)
         if self.train_positions:
             yield f"{key}.train_positions=true"
@@ -46,19 +44,15 @@ class EvaConfig(TowerConfig):
         return 1 + (self.image_size // self.patch_size) ** 2
 
     def width(self) -> int:
-        """See TowerConfig."""
         return self.embed_dim
 
     def blocks(self) -> int:
-        """See TowerConfig."""
         return self.depth
 
     def with_depth(self, blocks: int) -> EvaConfig:
-        """See TowerConfig."""
         return replace(self, depth=blocks)
 
     def problems(self, key: str) -> Iterator[str]:
-        """As PartConfig.problems."""
         if self.image_size % self.patch_size:
             yield (
                 f"{key}.image_size {self.image_size} is not a multiple of the patch size {self.patch_size}"
@@ -104,11 +98,9 @@ class QFormerLinearConfig(ConnectorConfig):
 
     @property
     def trained(self) -> bool:
-        """As PartConfig.trained."""
         return self.train != "frozen" or any(self.changing(""))
 
     def changing(self, key: str) -> Iterator[str]:
-        """See ConnectorConfig."""
         if self.train_qformer != "frozen":
             yield f"{key}.train_qformer={self.train_qformer}"
         if self.train_queries:
@@ -120,15 +112,12 @@ class QFormerLinearConfig(ConnectorConfig):
         return False
 
     def encoded(self, tokens: int, width: int) -> tuple[int, int]:
-        """See ConnectorConfig."""
         return self.num_query_token, self.qformer.hidden_size
 
     def span(self, tokens: int) -> int:
-        """See ConnectorConfig."""
         return self.num_query_token
 
     def problems(self, key: str) -> Iterator[str]:
-        """As PartConfig.problems."""
         q = self.qformer
         if q.hidden_size % q.num_attention_heads:
             yield (

@@ -52,7 +52,6 @@ class PartConfig:
         yield from ()
 
     def files(self, key: str) -> Iterator[NamedFile]:
-        """What it names."""
         if self.weights:
             yield NamedFile(f"{key}.weights", "weights", self.weights)
 
@@ -100,7 +99,6 @@ class ConnectorConfig(PartConfig):
 
     @classmethod
     def choose(cls, values: Mapping[str, Any]) -> type[ConnectorConfig]:
-        """As TowerConfig.choose."""
         return CONNECTORS.config(str(values.get("name") or "qformer_linear"))
 
     def changing(self, key: str) -> Iterator[str]:
@@ -151,13 +149,11 @@ class LlmConfig(PartConfig):
         return ("tokenizer", self.tokenizer) if self.tokenizer else ("weights", self.weights)
 
     def files(self, key: str) -> Iterator[NamedFile]:
-        """As PartConfig.files."""
         for name, kind in (("weights", "llm"), ("tokenizer", "tokenizer")):
             if value := getattr(self, name):
                 yield NamedFile(f"{key}.{name}", kind, value)
 
     def problems(self, key: str) -> Iterator[str]:
-        """As PartConfig.problems."""
         if self.quantization and self.train == "full":
             yield (
                 f"{key}.quantization {self.quantization} keeps the LLM's weights in integers, which can't be trained:"

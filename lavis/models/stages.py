@@ -206,7 +206,6 @@ class Stage(nn.Module):
         return self
 
     def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
-        """As Vlm.rate_scales."""
         return dict.fromkeys(self.llm.parameters(), self.config.llm.lr_scale)
 
     def named_parameters(

@@ -108,14 +108,12 @@ class HfVisionConfig(TowerConfig):
             self.image_size = self._own_image_size()
 
     def span(self) -> int:
-        """See TowerConfig."""
         values = self.values()
         patch, family = _side(values["patch_size"]), FAMILIES[values["model_type"]]
         prefix = family.prefix + values.get("num_register_tokens", 0) if family.prefix else 0
         return (self._side() // patch) ** 2 + (prefix if self.class_token == "keep" else 0)
 
     def width(self) -> int:
-        """See TowerConfig."""
         return self.values()["hidden_size"]
 
     def blocks(self) -> int:
@@ -133,11 +131,9 @@ class HfVisionConfig(TowerConfig):
         return replace(self, weights=None, config=self.values() | {"num_hidden_layers": blocks}, layer=blocks)
 
     def without_files(self) -> HfVisionConfig:
-        """See TowerConfig."""
         return replace(self, weights=None, config=self.values())
 
     def problems(self, key: str) -> Iterator[str]:
-        """See TowerConfig."""
         if not self.weights and not self.config:
             yield f"{key}.weights names no tower and {key}.config has no dimensions of a new one: give either."
         elif self.config or self.config_file():
@@ -148,7 +144,6 @@ class HfVisionConfig(TowerConfig):
             self.blocks()
 
     def files(self, key: str) -> Iterator[NamedFile]:
-        """See TowerConfig."""
         if self.weights:
             yield NamedFile(f"{key}.weights", _kind(self.weights), self.weights)
 
@@ -225,12 +220,10 @@ class TimmConfig(TowerConfig):
             self.image_size = self._dimensions().image_size
 
     def span(self) -> int:
-        """See TowerConfig."""
         dimensions = self._dimensions()
         return dimensions.patches + (dimensions.prefix if self.class_token == "keep" else 0)
 
     def width(self) -> int:
-        """See TowerConfig."""
         return self._dimensions().width
 
     def blocks(self) -> int:
@@ -246,7 +239,6 @@ class TimmConfig(TowerConfig):
         return replace(self, weights=None, layer=blocks)
 
     def problems(self, key: str) -> Iterator[str]:
-        """See TowerConfig."""
         if not self.model:
             yield f"{key}.model names no ViT of timm: set it, for example to vit_base_patch16_siglip_224."
             return
@@ -257,7 +249,6 @@ class TimmConfig(TowerConfig):
             yield f"{key}.model: timm has no {self.model!r}." + (f" Did you mean {near}?" if near else "")
 
     def files(self, key: str) -> Iterator[NamedFile]:
-        """See TowerConfig."""
         if self.weights:
             yield NamedFile(f"{key}.weights", _kind(self.weights), self.weights)
 

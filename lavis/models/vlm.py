@@ -252,7 +252,6 @@ class Vlm(Composition):
         return llms.hidden_states(self.llm_model, self.embed(batch), batch.position_ids)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """As `hidden`."""
         return self.hidden(batch)
 
     def scorer(self, calls: Callable[[int], int] | None = None) -> Scorer:

@@ -34,7 +34,6 @@ class Learner(nn.Module):
         return self.objective.loss(self.scorer(), self.model(batch), batch)
 
     def scorer(self) -> Any:
-        """The model's head."""
         return self.model.scorer()
 
     def ready(self, batch: Batch) -> Batch:

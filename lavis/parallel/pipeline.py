@@ -91,7 +91,6 @@ class Pipeline(Strategy):
 
     @classmethod
     def layout(cls, recipe: Recipe, world: World) -> Layout:
-        """See Strategy."""
         return Layout(world.size, recipe.parallel.num_stages)
 
     @classmethod
@@ -241,7 +240,6 @@ class _Forward(nn.Module):
         self.stage, self._autocast = stage, autocast
 
     def forward(self, inputs: Any) -> Any:
-        """See Stage."""
         with self._autocast():
             return self.stage(inputs)
 

@@ -104,7 +104,6 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """All of it."""
         return self.weights + self.optimizer + self.gradients + self.activations + self.workspace + self.runtime
 
 

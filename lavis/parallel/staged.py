@@ -87,7 +87,6 @@ class StagedLearner(Learner):
         return LossOutput(sums.pop("loss"), self.objective.units(batch), sums)
 
     def decoder(self) -> Decoder:
-        """See Learner."""
         return StagedDecoder(self.pipe, self._autocast)
 
     def image_encoder(self) -> Any:
@@ -95,7 +94,6 @@ class StagedLearner(Learner):
         return self.model.front
 
     def tensors(self) -> Mapping[str, nn.Parameter]:
-        """See Learner."""
         return dict(self.model.whole_names())
 
 
@@ -111,7 +109,6 @@ class StagedDecoder(KeyValueDecoder):
         return self.pipe.device
 
     def read(self, batch: Batch) -> torch.Tensor | None:
-        """See Decoder."""
         embeds = None
         if self.pipe.stage.part.is_first:
             with self._autocast():

@@ -175,7 +175,6 @@ class DataParallel(Strategy):
 
     @classmethod
     def layout(cls, recipe: Recipe, world: World) -> Layout:
-        """See Strategy."""
         return Layout(world.size)
 
     @classmethod
@@ -236,11 +235,9 @@ class DataParallel(Strategy):
         return {name: p.detach() for name, p in trainable_parameters(self.learner.model).items()}
 
     def state_tensors(self) -> Tensors:
-        """See Strategy."""
         return optimizer_tensors(self.optimizer, self.learner.model)
 
     def load_state_tensors(self, tensors: Tensors) -> None:
-        """See Strategy."""
         load_optimizer_tensors(self.optimizer, self.learner.model, tensors)
 
 

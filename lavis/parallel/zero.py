@@ -116,7 +116,6 @@ class Zero(Strategy):
 
     @classmethod
     def layout(cls, recipe: Recipe, world: World) -> Layout:
-        """See Strategy."""
         return Layout(world.size, zero=zero_stage(recipe))
 
     @classmethod
@@ -221,7 +220,6 @@ class ZeroLearner(Learner):
         return self.model.filler(batch, run_frozen=self.in_step).to(self.world.device)
 
     def decoder(self) -> Decoder:
-        """See Learner."""
         return LockstepDecoder(self.model, self.world) if self.in_step else LocalDecoder(self.model)
 
 

@@ -38,7 +38,6 @@ class Linear(LinearFunctionForZeroStage3):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """See torch.autograd.Function."""
         x, *others = inputs
         LinearFunctionForZeroStage3.setup_context(
             ctx, (x if ctx.needs_input_grad[1] else x.new_empty(0), *others), output
@@ -90,7 +89,6 @@ class ZeroEngine:
             self._engine.torch_autocast_z0_gradscaler = scaler
 
     def forward(self, batch: Any) -> Any:
-        """What the module gives."""
         return self._engine(batch)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -67,7 +67,6 @@ class Checkpoint:
         return read_tensors(self.path / "optimizer.safetensors")
 
     def state(self) -> TrainState:
-        """The counters."""
         return TrainState(**read_json(self.path / "state.json"))
 
 

@@ -41,12 +41,10 @@ class TensorBoardTracker:
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Record `values` at `step`."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and end."""
         self.writer.close()
 
 
@@ -67,11 +65,9 @@ class HostedTracker:
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Record `values` at `step`."""
         self.run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Flush and end."""
         self.run.finish()
 
 

@@ -29,8 +29,6 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class TextPart(BaseModel):
-    """Text of a message."""
-
     type: Literal["text"]
     text: Text
 
@@ -50,8 +48,6 @@ class ImagePart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn."""
-
     role: Literal["system", "developer", "user", "assistant"]
     content: (
         Text

@@ -69,7 +69,6 @@ class Screen:
         self.notes.print(Text(harmless(text), style=style), soft_wrap=True)
 
     def clear(self) -> None:
-        """Empty the terminal."""
         if self.on_terminal:
             self.answers.clear()
 

@@ -23,7 +23,6 @@ class _OverChat:
 
     @property
     def image_token_id(self) -> int:
-        """See ChatTemplate."""
         return self.chat.image_token_id
 
     def fingerprint(self) -> str:
@@ -31,7 +30,6 @@ class _OverChat:
         return f"{type(self).__name__}-1-{self.chat.fingerprint()}"
 
     def encode_prompt(self, conversation: Conversation) -> Sample:
-        """See ChatTemplate."""
         return self.chat.encode_prompt(conversation)
 
 

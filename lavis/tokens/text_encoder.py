@@ -35,7 +35,6 @@ class TextEncoder:
         self._forbidden = forbidden
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
         return self.encode_all([text])[text]
 
     def encode_all(self, texts: Iterable[str]) -> dict[str, list[int]]:

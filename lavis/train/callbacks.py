@@ -79,7 +79,6 @@ class Validation(Callback):
         self.loss: float | None = None
 
     def on_step(self, step: Step) -> None:
-        """See Callback."""
         self.loss = None
         if not self.evaluator.data.valid or not (step.last or step.number % self.every == 0):
             return
@@ -96,17 +95,14 @@ class SamplePrompts(Callback):
         self.evaluator, self.validation, self.total_steps = evaluator, validation, total_steps
 
     def on_start(self, done: int) -> None:
-        """See Callback."""
         if done == 0:
             self.evaluator.sample_prompts(0)
 
     def on_step(self, step: Step) -> None:
-        """See Callback."""
         if self.validation.loss is not None and not step.last:
             self.evaluator.sample_prompts(step.number)
 
     def on_end(self) -> None:
-        """See Callback."""
         self.evaluator.sample_prompts(self.total_steps)
 
 
@@ -131,7 +127,6 @@ class Checkpoints(Callback):
         self.plan, self.validation, self.best = data.plan, validation, best
 
     def on_step(self, step: Step) -> None:
-        """See Callback."""
         loss = self.validation.loss
         better = loss is not None and (self.best is None or loss < self.best)
         every = self.recipe.checkpoint.every or self.plan.steps_per_epoch
@@ -160,13 +155,11 @@ class Tests(Callback):
         self.results: dict[str, float] = {}
 
     def on_start(self, done: int) -> None:
-        """See Callback."""
         if done == 0 and self.recipe.eval.before:
             self.results |= self.evaluator.test("before")
             self.write("test", 0, self.results)
 
     def on_end(self) -> None:
-        """See Callback."""
         self.results |= self.evaluator.test("test")
         if self.recipe.eval.blind:
             self.results |= self.evaluator.test("blind", blind=True)

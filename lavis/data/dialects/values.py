@@ -42,7 +42,6 @@ def texts_of(row: Row, key: str, where: str) -> list[str]:
 
 
 def list_of(row: Row, key: str, where: str) -> list[Any]:
-    """The list at `key`."""
     value = row.get(key)
     if not isinstance(value, list):
         raise RowError(f"{key!r} is not a list", where, "Give a list of turns.", type(value).__name__)

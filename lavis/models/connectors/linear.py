@@ -22,5 +22,4 @@ class LinearConnector(Connector):
         self.llm_proj = nn.Linear(tower_width, llm_width)
 
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
-        """See Connector."""
         return self.llm_proj(encoded_NTD)

@@ -26,7 +26,6 @@ class MlpConnector(Connector):
         self.mm_projector = nn.Sequential(nn.Linear(tower_width, llm_width), *further)
 
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
-        """See Connector."""
         return self.mm_projector(encoded_NTD)
 
     def own_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

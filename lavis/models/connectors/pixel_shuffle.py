@@ -27,7 +27,6 @@ class PixelShuffleConnector(Connector):
         )
 
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
-        """See Connector."""
         return self.mlp1(shuffled(encoded_NTD, self.config.factor))
 
 

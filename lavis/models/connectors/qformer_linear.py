@@ -32,13 +32,11 @@ class QFormer(Part):
         self.Qformer = _build(config, tower_width, text_vocab_size)
 
     def freeze(self) -> None:
-        """See Part."""
         self.ln_vision.requires_grad_(self.config.train_qformer == "full")
         self.Qformer.requires_grad_(self.config.train_qformer == "full")
         self.query_tokens.requires_grad_(self.config.train_queries)
 
     def adapt(self) -> None:
-        """See Part."""
         if self.config.train_qformer == "lora":
             add_lora(self.Qformer, self.config.lora, "Qformer.{}".format)
 
@@ -94,12 +92,10 @@ class QFormerLinear(QFormer, Connector):
         self.llm_proj = nn.Linear(config.qformer.hidden_size, llm_width)
 
     def freeze(self) -> None:
-        """See Part."""
         super().freeze()
         self.llm_proj.requires_grad_(self.config.train == "full")
 
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
-        """See Connector."""
         return self.llm_proj(encoded_NTD)
 
 

@@ -66,7 +66,6 @@ class Resampler(Connector):
         self.norm_out, self.llm_proj = nn.LayerNorm(width), nn.Linear(width, llm_width)
 
     def project(self, encoded_NTD: torch.Tensor) -> torch.Tensor:
-        """See Connector."""
         vectors = self.norm_vectors(self.vectors_in(encoded_NTD))
         queries = self.queries.expand(len(vectors), -1, -1)
         for block in self.blocks:

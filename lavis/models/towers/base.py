@@ -48,7 +48,6 @@ class Tower(Part, ABC):
         return next(m.weight.dtype for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 
     def adapt(self) -> None:
-        """As Part.adapt."""
         if self.config.train == "lora":
             add_lora(self.model, self.config.lora, "visual_encoder.{}".format)
 

@@ -35,12 +35,10 @@ class EvaTower(Tower):
         self.model = _build(config)
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """See Tower."""
         return self.model.forward_features(pixels_NCHW)
 
     @property
     def dtype(self) -> torch.dtype:
-        """See Tower."""
         return self.model.patch_embed.proj.weight.dtype
 
     def freeze(self) -> None:
@@ -50,7 +48,6 @@ class EvaTower(Tower):
             self.model.pos_embed.requires_grad_(True)
 
     def adapt(self) -> None:
-        """See Part."""
         if self.config.train == "lora":
             for block in self.model.blocks:
                 block.attn.qkv_bias_separate = True  # else timm takes the weight of `qkv` and passes an adapter by
@@ -63,7 +60,6 @@ class EvaTower(Tower):
                 module.to(dtype)
 
     def layers(self) -> Iterator[nn.Module]:
-        """See Tower."""
         return iter(self.model.blocks)
 
     def unhooked_parameters(self) -> list[nn.Parameter]:
@@ -71,7 +67,6 @@ class EvaTower(Tower):
         return list(self.model.parameters(recurse=False))
 
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """See Part."""
         attentions = [block.attn for block in self.model.blocks]
         return [(attention, attention.qkv.weight) for attention in attentions if not attention.qkv_bias_separate]
 
@@ -97,7 +92,6 @@ class EvaTower(Tower):
         return report
 
     def complete(self) -> None:
-        """See Part."""
         for attention in (block.attn for block in self.model.blocks):  # the one thing that is in no file: always zero
             attention.k_bias = torch.zeros_like(attention.k_bias, device=attention.qkv.weight.device)
 

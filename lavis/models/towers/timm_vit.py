@@ -36,7 +36,6 @@ class TimmVit(Tower):
         self.model.set_grad_checkpointing(config.recompute and config.train != "frozen")
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """See Tower."""
         [states] = self.model.forward_intermediates(
             pixels_NCHW,
             indices=[len(self.model.blocks) - 1],
@@ -63,7 +62,6 @@ class TimmVit(Tower):
         return report
 
     def layers(self) -> Iterator[nn.Module]:
-        """See Tower."""
         yield from self.model.blocks
 
     def complete(self) -> None:
@@ -83,14 +81,12 @@ class TimmVit(Tower):
         return dict(tensors) | {PUBLIC + name: t for name, t in _filtered(inside, self.model).items()}
 
     def adapt(self) -> None:
-        """See Part."""
         if self.config.train == "lora":
             for attention in self._fused_attentions():
                 attention.qkv_bias_separate = True  # else timm takes the weight of `qkv` and passes an adapter by
         super().adapt()
 
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """See Part."""
         attentions = [attention for attention in self._fused_attentions() if not attention.qkv_bias_separate]
         return [(attention, attention.qkv.weight) for attention in attentions]
 

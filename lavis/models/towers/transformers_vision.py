@@ -47,7 +47,6 @@ class TransformersVision(Tower):
 
     @classmethod
     def from_config(cls, config: HfVisionConfig) -> TransformersVision:
-        """See Tower."""
         values = config.values()
         family = FAMILIES[values["model_type"]]
         size = [config.image_size] * 2 if isinstance(values["image_size"], (list, tuple)) else config.image_size
@@ -58,7 +57,6 @@ class TransformersVision(Tower):
             raise ConfigError(f"model.tower: transformers refuses its configuration: {error}") from error
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """See Tower."""
         if self.model.config.model_type == "siglip2_vision_model":
             states = self.model(**self._patches(pixels_NCHW)).last_hidden_state
         else:
@@ -83,11 +81,9 @@ class TransformersVision(Tower):
         return report
 
     def layers(self) -> Iterator[nn.Module]:
-        """See Tower."""
         yield from _blocks(self.model)
 
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """See Part."""
         if self.model.config.model_type != "siglip2_vision_model":
             return []
         return [(self.model.embeddings, self.model.embeddings.position_embedding.weight)]  # resized at every call
