@@ -111,7 +111,7 @@ def _encode(
     else:
         table.flush()
     file.with_suffix(".json").write_text(json.dumps({"images": len(paths), "bad": bad, "tiles": tiles}))
-    temp.replace(file)
+    temp.replace(file)  # at the end, and whole: a run that was killed leaves nothing that looks finished
     model.train(training)
     log.info("encoded %d images in %.1f s (%d could not be read)", len(paths), time.perf_counter() - started, bad)
 
@@ -131,6 +131,7 @@ def _batches(paths: Sequence[str], tiles: Sequence[int], most: int) -> Iterator[
 
 
 def _fingerprint(model: ImageEncoder, paths: list[str], processor: str) -> str:
+    # The weights themselves count, not the name of their file: a file of the same name may hold others.
     digest = hashlib.sha256(b"2")  # raised when the same images would give another file
     for name, tensor in sorted(model.encoder_tensors().items()):
         digest.update(name.encode())

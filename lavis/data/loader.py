@@ -125,6 +125,8 @@ def collate(
     for i, (row, length) in enumerate(zip(samples, lengths, strict=True)):
         input_ids[i, :length] = torch.tensor([t for s in row for t in s.input_ids])
         labels[i, :length] = torch.tensor([t for s in row for t in s.labels])
+        # Where positions begin again at 0 another sample begins: attention finds the borders by that alone, so a packed
+        # row needs no mask beside it, and padding that went on counting would belong to the last sample.
         runs = [n for s in row for n in s.runs]
         if pack_length:
             runs.append(width - length)
@@ -196,6 +198,7 @@ class _StepOrder(Sampler[_Task]):
 
     def __iter__(self) -> Iterator[_Task]:
         for step in range(self._step, self._plan.steps_per_epoch):
+            # of the step, not of the worker: crops are the same for any number of workers and after a resume
             seed = int(np.random.SeedSequence([self._seed, self._epoch, step]).generate_state(1)[0])
             yield from (_Task(rows, seed) for rows in self._plan.micro_batches(self._epoch, step, self._rank))
 

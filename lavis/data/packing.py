@@ -35,7 +35,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> list[
         for index, length in zip(window.tolist(), lengths[window].tolist(), strict=True):
             fitting = rooms >> length
             if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
+                room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit: the least room that is enough
                 row = with_room[room].pop()
                 rooms ^= 0 if with_room[room] else 1 << room
                 rows[row].append(index)

@@ -94,6 +94,7 @@ class StepPlan:
         """Row indices [steps_per_epoch, global_batch] of an epoch."""
         if self._cached is None or self._cached[0] != epoch:
             generator = _generator(self.seed, epoch)
+            # What is cut off here differs from epoch to epoch, so that over several no row is left out.
             order = generator.permutation(self._drawn(epoch))[: self.steps_per_epoch * self.global_batch]
             if self._grouping:
                 chunk = MEGA_CHUNK * self.global_batch
@@ -101,6 +102,7 @@ class StepPlan:
                 order = np.concatenate(
                     [part[np.argsort(self._row_lengths[part] // LENGTH_STEP, kind="stable")] for part in parts]
                 )
+                # short steps first and long ones last would be a curriculum that nobody asked for
                 order = generator.permutation(order.reshape(-1, self.global_batch))
             self._cached = epoch, order.reshape(-1, self.global_batch)
         return self._cached[1]

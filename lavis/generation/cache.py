@@ -39,7 +39,7 @@ class GrowingLayer(DynamicLayer):
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
         if self.room is None or new > self.room[0].shape[-2]:
-            size = max(new + 64, new * 5 // 4)
+            size = max(new + 64, new * 5 // 4)  # each token is copied a few times in all, whatever the length
             self.room = (
                 _with_room(self.keys, key_states, old, size),
                 _with_room(self.values, value_states, old, size),

@@ -232,7 +232,7 @@ class KeyValueDecoder(Decoder):
             return
         index, longest = torch.tensor(rows, device=layers[0][0].device), max(self.lengths)
 
-        def cut(t: torch.Tensor) -> torch.Tensor:
+        def cut(t: torch.Tensor) -> torch.Tensor:  # columns that were padding in all rows that are left go too
             return t[:, :, t.shape[-2] - longest :].index_select(0, index.to(t.device))
 
         self._cache = new_cache([(cut(keys), cut(values)) for keys, values in layers])
@@ -255,6 +255,7 @@ class LocalDecoder(KeyValueDecoder):
     def _forward(self, inputs: torch.Tensor | None, **settings: Any) -> torch.Tensor | None:
         assert inputs is not None
         key = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        # logits of a prompt's other positions would be [L, vocabulary], and nobody reads them
         out = self.llm(**{key: inputs}, use_cache=True, logits_to_keep=1, **settings)
         return out.logits[:, -1].float()
 

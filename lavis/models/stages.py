@@ -114,6 +114,7 @@ def llm_part(config: PreTrainedConfig, part: Part, dtype: torch.dtype) -> PreTra
     own.num_hidden_layers = part.end - part.start
     if getattr(own, "layer_types", None):
         own.layer_types = list(own.layer_types[part.start : part.end])
+    # tied on two ranks, each has a copy of its own; that is right as long as they are frozen (Pipeline.build)
     own.tie_word_embeddings = config.tie_word_embeddings and part.is_first and part.is_last
     with init_empty_weights(include_buffers=False):
         llm = AutoModelForCausalLM.from_config(own, dtype=dtype)

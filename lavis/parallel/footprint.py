@@ -141,6 +141,7 @@ class Footprints:
             if count:
                 terms += [(count, self._cached(*shape, first, last)), (-count, base)]
         whole = _sum(terms)
+        # a trace has no quantised kernels: it runs 16-bit weights, and what those take less is subtracted
         kind = self._config.llm.quantization
         saved = (1 - _QUANTIZED[kind]) * blocks * self._block_bytes() if kind else 0.0
         return replace(whole, weight_bytes=whole.weight_bytes - saved)
@@ -237,7 +238,7 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
         if out.requires_grad:  # not if there is no image and the projection alone is trained
             out.backward(torch.ones_like(out))
         back_peak = costs.lap()
-    own = {id(p): p for p in stage.parameters()}.values()
+    own = {id(p): p for p in stage.parameters()}.values()  # tied ones once
     trained = [p.numel() for p in own if p.requires_grad]
     return Footprint(
         parameters=sum(p.numel() for p in own),

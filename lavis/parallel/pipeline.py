@@ -221,9 +221,9 @@ def _engine(
         num_stages=stage.part.count,
         loss_fn=loss,
         partition_method="uniform",
-        activation_checkpoint_interval=0,
-        seed_layers=False,
-        dynamic_shape=True,
+        activation_checkpoint_interval=0,  # blocks recompute themselves, by model.llm.recompute
+        seed_layers=False,  # seeds are those of the run, the same under every strategy
+        dynamic_shape=True,  # rows are padded to the longest of their micro-batch
     )
     config = engine_config(recipe, None, accumulation)
     # the norm is that of all stages, and clipped by our hook

@@ -221,6 +221,7 @@ class Planner:
             raise ConfigError(f"{stages} stages but the LLM has {blocks} blocks: choose --num-stages of at most that.")
         if stages == 1:
             return [blocks]
+        # costs are linear in blocks: a stage of two and one of three say what a block more costs
         two, three = ([f.stage(n, first=i == 0, last=i == 1).flops for i in (0, 1)] for n in (2, 3))
         block = f.stage(2, first=False, last=False).flops / 2
 
@@ -246,8 +247,12 @@ class Planner:
         return Plan(layout, f.batch, micro_batches, recompute, tuple(sizes), footprints, memory, seconds)
 
     def _memory(self, f: Footprint, layout: Layout, stage: int, micro_batches: int, batch: MicroBatch) -> RankMemory:
+        # Each term is held against a measured peak, three sizes by five layouts, in benchmarks/plan_memory.py.
         cpu, ranks = self.machine.device == "cpu", layout.ranks
+        # fp32 whatever is frozen beside it. One forward, one backward: a stage has as many micro-batches between the
+        # two as there are stages behind it, itself included.
         trained, in_flight = 4 * f.trained, min(layout.stages - stage, micro_batches)
+        # two moments, and in the update temporaries of the size of all that is trained: on a GPU AdamW is "foreach"
         weights, optimizer, gradients, update = f.weight_bytes, 2 * trained, trained, trained
         if cpu:  # AdamW goes through the parameters one by one
             update = min(2 * 4 * f.largest_trained, trained)
@@ -255,16 +260,19 @@ class Planner:
         if layout.zero:
             optimizer, update = 3 * trained / ranks, update / ranks  # and fp32 copies of its share
             gradients = trained / ranks if layout.zero > 1 else gradients + trained / ranks
+            # the flat buffer in which gradients meet: DeepSpeed takes it at once, however little there is to sum
             extra = _bucket(self.recipe, f.trained)
-        elif layout.replicas > 1:
+        elif layout.replicas > 1:  # DDP's buckets; DeepSpeed's pipeline flattens all gradients to sum them
             extra = min(trained, BUCKET_BYTES + 4 * f.largest_trained) if layout.stages == 1 else trained
         if layout.zero == 3:
             fetched, buffer = _fetched(self.recipe, f)
             weights, extra = f.weight_bytes / ranks + fetched, extra + buffer
+        # activations and the update's temporaries are never there at once, so the larger of the two counts
         held = f.held * in_flight
         work = max(f.peak - f.held, update - held, 0.0) + extra
         if micro_batches == 1 and layout.stages == 1:  # gradients appear as activations go
             gradients = max(0.0, gradients - max(0.0, f.peak - update))
+        # a step's batches are all there before it begins, so that its tokens can be counted; a GPU's wait on the host
         waiting = (
             4 * 3 * self.config.tower.image_size**2 * batch.images * micro_batches
             if cpu and stage == 0 and not batch.cached and self.config.tower
@@ -277,12 +285,12 @@ class Planner:
     ) -> float | None:
         if self.machine.flops is None:
             return None
-        slots = micro_batches + layout.stages - 1
+        slots = micro_batches + layout.stages - 1  # a pipeline fills and drains
         others = (layout.ranks - 1) / layout.ranks
         rate = self.machine.flops / (layout.ranks if self.machine.device == "cpu" else 1)  # ranks share the cores
         compute = slots * max(f.flops for f in footprints) / rate
         sent = 2 * 4 * max(f.trained for f in footprints) * (layout.replicas > 1)
-        if layout.zero == 3:
+        if layout.zero == 3:  # weights are fetched for the forward and again for the backward pass
             sent += 2 * micro_batches * footprints[0].weight_bytes * others
         if layout.stages > 1:
             width = self.llm_config.get_text_config().hidden_size
@@ -327,7 +335,7 @@ class Planner:
                 rows * self.tokens > _MOST_TOKENS
                 or slots < 1
                 or slots % 1
-                or (plan.layout.stages > 1 and slots < 8 * plan.layout.stages)
+                or (plan.layout.stages > 1 and slots < 8 * plan.layout.stages)  # fewer would leave stages idle
             ):
                 return plan
             larger = self.plan(plan.layout, rows=rows, recompute=plan.recompute, blocks=list(plan.blocks))

@@ -58,12 +58,14 @@ def engine_config(
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optim.max_grad_norm or 0.0,
+        # torch's AdamW, as everywhere: DeepSpeed's own rounds otherwise, and a run could not go on under another layout
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": config.get("steps_per_print") or 2**31 - 1,
     }
     if dtype is not None:
         name = {torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
+        # no module counts as safe for sums in a lower precision: gradients cross in fp32
         config["torch_autocast"] = {"enabled": True, "dtype": name, "lower_precision_safe_modules": []}
     zero = dict(config.get("zero_optimization") or {})
     if zero.get("stage") == 3:
@@ -148,6 +150,7 @@ class Zero(Strategy):
             # DeepSpeed takes the mean over ranks of what each rank sums
             self.engine.backward(out.loss_sum / total * self.world.size)
             sums.add(out)
+            # the engine of stage 0 does not say its norm, and the last step() takes the gradients away
             if self.stage == 0 and i == len(batches) - 1:
                 norm = self._whole_norm()
             self.engine.step()

@@ -94,7 +94,9 @@ class ZeroEngine:
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of one micro-batch; DeepSpeed takes the mean over ranks."""
         if self.stage == 3:
+            # behind the forward pass DeepSpeed lets go of what its hooks did not see used
             _gather(self._unhooked)
+        # the loss is normalised by tokens of the whole step already, whichever micro-batch they are in
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
