@@ -7,7 +7,7 @@ stay where they are when modules of the program move.
 from __future__ import annotations
 
 from lavis.config.schema import DataEntry, NamedFile, opt
-from lavis.config.sections import ObjectiveConfig
+from lavis.config.sections import ObjectiveConfig, OptimConfig
 from lavis.core.errors import ConfigError, DataError, LavisError
 from lavis.core.output import LossOutput
 from lavis.core.registries import (
@@ -38,6 +38,7 @@ from lavis.data.sources import FileSource
 from lavis.eval.answers import Answer, normalize
 from lavis.eval.metrics import Metric
 from lavis.export.base import Exporter, Written
+from lavis.export.trained import Trained
 from lavis.models.connectors.base import Connector
 from lavis.models.parts import ConnectorConfig, TowerConfig
 from lavis.models.scoring import Scorer
@@ -45,6 +46,7 @@ from lavis.models.towers.base import Tower
 from lavis.objectives.base import Actors, Objective
 from lavis.objectives.sft import NextToken
 from lavis.tokens.media import MediaFormat
+from lavis.train.schedules import Horizon
 from lavis.weights.tensors import LoadReport, load_tensors
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "Example",
     "Exporter",
     "FileSource",
+    "Horizon",
     "LavisError",
     "LoadReport",
     "LossOutput",
@@ -84,12 +87,14 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "OnError",
+    "OptimConfig",
     "Pair",
     "Row",
     "RowError",
     "Scorer",
     "Tower",
     "TowerConfig",
+    "Trained",
     "Written",
     "load_tensors",
     "normalize",

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +17,7 @@ from lavis.cli import main
 from lavis.config.recipe import load_recipe
 from lavis.core.registries import SOURCES
 from lavis.data.assemble import load_tokenizer, prepare_split
+from lavis.export.trained import open_run
 from lavis.generation.engine import Engine
 from lavis.generation.pictures import open_picture
 from lavis.models.vlm import Vlm
@@ -165,6 +168,29 @@ def test_an_own_objective_counts_sure_tokens_less(tmp_path):
 def test_an_own_metric_is_in_the_results(tmp_path):
     run = here(tmp_path, "evaluate", "my_metric", *PICTURES)
     assert {"test/test/word_recall", "test/test/accuracy"} <= results(run).keys()
+
+
+def test_an_own_media_format_is_what_stands_around_a_picture(capsys):
+    assert main(["data", "show", str(EXAMPLES / "my_format.yaml"), "-n", "1", "--options", *PICTURES]) == 0
+    assert re.search(r"<picture>.*16.*</picture>\n", capsys.readouterr().out)
+
+
+def test_an_own_schedule_sets_the_rate(tmp_path):
+    options = ["train.max_steps=4", "optim.warmup_steps=1", "optim.lr=1e-3"]
+    lines = train_lines(here(tmp_path, "train", "my_schedule", *PICTURES, *options))
+    assert [line["lr"] for line in lines][1:] == pytest.approx([1e-3, 1e-3 / 2**0.5, 1e-3 / 3**0.5])
+
+
+def test_an_own_exporter_writes_what_was_trained(tmp_path, capsys):
+    run = here(tmp_path, "train", "my_exporter", *PICTURES)
+    assert main(["export", "numpy", str(run), str(tmp_path / "out")]) == 0
+    with np.load(tmp_path / "out/trained.npz") as arrays:
+        trained = open_run(run).checkpoint.tensors()
+        assert {name: arrays[name].tolist() for name in arrays} == {n: t.tolist() for n, t in trained.items()}
+    assert main(["export", "nunpy", str(run), str(tmp_path / "out")]) == 1
+    assert "can't be exported as nunpy. Known formats: hf, numpy, peft, pth. Did you mean" in capsys.readouterr().err
+    assert main(["export", "numpy", str(run), str(tmp_path / "out"), "--dtype", "fp16"]) == 2
+    assert "leave out for numpy" in capsys.readouterr().err
 
 
 def test_an_own_source_gives_other_rows_where_other_ones_are_asked_for(tmp_path, capsys):

@@ -20,7 +20,7 @@ class FocalConfig(ObjectiveConfig):
 class Focal(Objective):
     """-(1 - p)^gamma log p of each supervised token."""
 
-    kinds = frozenset({"conversation", "document"})
+    kinds = frozenset({"conversation"})  # of rows it reads; others are refused
     generates = True  # the model answers, so test entries and sample prompts work
     parts = ("cross_entropy",)  # written to the log beside the loss
 

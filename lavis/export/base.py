@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from lavis.core.errors import CheckpointError
+from lavis.core.errors import CheckpointError, did_you_mean
 from lavis.core.registries import EXPORTERS
 from lavis.export.trained import Trained
 from lavis.models.configs import VlmConfig
@@ -33,6 +33,8 @@ class Exporter(ABC):
     """
 
     format: ClassVar[str] = "hf"
+    whole: ClassVar[bool] = False
+    """Whether it writes the frozen weights too: then a user may choose `precision` and `max_shard_size`."""
 
     @abstractmethod
     def problem(self, config: VlmConfig) -> str | None:
@@ -56,7 +58,8 @@ def exporter_for(format: str, config: VlmConfig) -> Exporter:
             if problem is None:
                 return exporter
             problems.append(f"{name}: {problem}")
-    raise CheckpointError(f"this model can't be exported as {format}. " + " ".join(problems))
+    why = " ".join(problems) or f"Known formats: {', '.join(formats())}.{did_you_mean(format, formats())}"
+    raise CheckpointError(f"this model can't be exported as {format}. {why}")
 
 
 def formats() -> list[str]:

@@ -42,6 +42,7 @@ MAX_NEW_TOKENS = 512
 class StockExporter(Exporter):
     """A folder that transformers opens: model, processor, generation settings and model card."""
 
+    whole = True
     about: ClassVar[About]
 
     @abstractmethod

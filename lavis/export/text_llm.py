@@ -16,6 +16,8 @@ from lavis.models.configs import VlmConfig
 class TextLlmExporter(Exporter):
     """A folder that AutoModelForCausalLM and AutoTokenizer open, adapters merged."""
 
+    whole = True
+
     def problem(self, config: VlmConfig) -> str | None:
         return "a text LLM has no vision tower, this model has one." if config.sees else None
 

@@ -28,8 +28,8 @@ class Objective(ABC):
     that of one process, of ZeRO and of a pipeline's last stage.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset()
-    """Kinds of rows it reads."""
+    kinds: ClassVar[frozenset[str]] = frozenset({"conversation", "document"})
+    """Kinds of rows it reads; others are refused."""
     generates: ClassVar[bool] = False
     """Whether the model answers prompts, so that test splits and sample prompts can be judged by generation."""
     parts: ClassVar[tuple[str, ...]] = ()

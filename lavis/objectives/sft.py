@@ -18,7 +18,6 @@ class NextToken(Objective):
     conversations and documents differ in nothing here.
     """
 
-    kinds = frozenset({"conversation", "document"})
     generates = True
 
     def units(self, batch: Batch) -> int:

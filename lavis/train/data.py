@@ -12,6 +12,7 @@ from lavis.config.recipe import Recipe
 from lavis.core.dist import World
 from lavis.core.errors import ConfigError, TrainingError
 from lavis.core.paths import resolve
+from lavis.core.registries import OBJECTIVES
 from lavis.data.assemble import Portion, media_processor, portions
 from lavis.data.feature_cache import cache_features
 from lavis.data.loader import ImageFolder, ImageSource, NoImages, TrainLoader
@@ -49,7 +50,7 @@ class RunData:
     def __init__(self, recipe: Recipe, texts: Texts, world: World, *, with_images: bool = True) -> None:
         self.recipe, self.texts, self.world = recipe, texts, world
         self._portions = [p for p in portions(recipe) if p.section != "train" or not recipe.run.evaluate]
-        _check_kinds(self._portions)
+        _check_kinds(self._portions, recipe.objective.name)
         tables = [(p, p.prepare(recipe.model, texts.tokenizer)) for p in self._portions]
         self.valid, self.test = _by_split(tables, "valid"), _by_split(tables, "test")
         self._tables = [table for _, table in tables]
@@ -133,12 +134,18 @@ def _by_split(tables: list[tuple[Portion, PreparedTable]], section: str) -> dict
     return found
 
 
-def _check_kinds(found: list[Portion]) -> None:
-    """Raise ConfigError for rows that can be prepared, but not learned yet."""
+def _check_kinds(found: list[Portion], objective: str) -> None:
+    """Raise ConfigError for rows that can be prepared, but not learned yet, or not by `objective`."""
+    read = OBJECTIVES.get(objective).kinds
     for portion in found:
         kind = portion.source.entry.kind
         if kind in _NOT_LEARNED:
             raise ConfigError(
                 f"{portion.source.key}.kind is {kind}: rows of this kind are prepared, checked and shown, but no"
                 " objective learns from them yet. Give conversations, captions or documents."
+            )
+        if kind not in read and portion.section != "test":
+            raise ConfigError(
+                f"{portion.source.key}.kind is {kind}, but objective.name {objective} reads"
+                f" {' or '.join(sorted(read))}: give such rows, or choose another objective."
             )

@@ -18,6 +18,7 @@ from lavis.core.errors import ConfigError
 from lavis.core.registries import DIALECTS, SOURCES
 from lavis.data.assemble import portions, prepare_split
 from lavis.data.sampler import StepPlan
+from lavis.objectives.sft import NextToken
 from lavis.train.data import RunData
 
 MODEL = {"arch": "causal_lm", "tokenizer": "small", "llm_config": {"model_type": "qwen3"}, "max_txt_len": 64}
@@ -269,6 +270,17 @@ def test_pairs_are_not_trained_on_yet(cache: Path, recipe_of, tokenizer: PreTrai
     (cache / "pairs.jsonl").write_text(json.dumps({"prompt": "What?", "chosen": "red", "rejected": "no"}))
     recipe = recipe_of({"train": [{"path": "pairs.jsonl", "kind": "pair"}]})
     with pytest.raises(ConfigError, match=r"data\.train\.0\.kind is pair.*no objective learns from them yet"):
+        RunData(recipe, None, None)
+
+
+def test_rows_that_the_objective_does_not_read_are_refused(
+    cache: Path, recipe_of, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NextToken, "kinds", frozenset({"document"}))
+    recipe = recipe_of({"train": [write(cache, "a", ["Hi"])]})
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.0\.kind is conversation, but objective.name sft reads document"
+    ):
         RunData(recipe, None, None)
 
 
