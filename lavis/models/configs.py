@@ -127,6 +127,8 @@ class Blip2QFormerStage1Config(ModelConfig):
         yield from self.connector.problems("model.connector")
         if self.connector.name != QFormerLinearConfig().name:
             yield f"model.connector.name is {self.connector.name}, but this model trains a Q-Former: leave it out."
+        if self.connector.recompute:
+            yield f"model.connector.recompute has no effect with model.arch {self.arch}: set it to false."
 
     def files(self) -> Iterator[NamedFile]:
         yield from self.tower.files("model.tower")

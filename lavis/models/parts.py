@@ -96,6 +96,7 @@ class ConnectorConfig(PartConfig):
     """What turns a tower's vectors into inputs of the LLM."""
 
     train: str = opt("full", "what is trained of it: nothing, everything, or LoRA adapters", choices=TRAIN)
+    recompute: bool = opt(False, "recompute its activations in backward", resume="free")
 
     @classmethod
     def choose(cls, values: Mapping[str, Any]) -> type[ConnectorConfig]:

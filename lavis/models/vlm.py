@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lavis.config.init import Init
@@ -218,7 +219,13 @@ class Vlm(Composition):
         with torch.no_grad() if self.tower_frozen else contextlib.nullcontext():
             vectors = self.visual_encoder.encode(pixels_NCHW)
             _check_vectors("tower", self.config.tower, vectors, self._tower_shape)
-            return self.connector.encode(vectors)
+            return self._recomputed(self.connector.encode, vectors)
+
+    def _recomputed(self, step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        """`step` of the connector, which keeps nothing but its inputs where its section says so."""
+        if self.training and self.config.connector is not None and self.config.connector.recompute:
+            return checkpoint(step, inputs, use_reentrant=False)
+        return step(inputs)
 
     def encoder_tensors(self) -> dict[str, torch.Tensor]:
         """What `encode_images` uses, by public name."""
@@ -242,7 +249,8 @@ class Vlm(Composition):
         embeds = table(ids.masked_fill(places, 0))
         if images is None:
             return embeds
-        vectors = self.connector.project(self.encode_images(images) if images.ndim == 4 else images)
+        encoded = self.encode_images(images) if images.ndim == 4 else images
+        vectors = self._recomputed(self.connector.project, encoded)
         # masked_scatter would take what it needs of any vectors, and put one picture's in the places of another
         _check_vectors("connector", self.config.connector, vectors, (self._span, embeds.shape[-1]))
         return embeds.masked_scatter(places.unsqueeze(-1), vectors.to(embeds))

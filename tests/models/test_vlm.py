@@ -128,6 +128,32 @@ def test_a_filler_lets_every_trained_part_take_part_with_no_effect(thawed):
     assert live.pixel_values is not None and model.filler(live) is live
 
 
+def test_a_connector_that_recomputes_has_the_same_gradients_and_keeps_less():
+    """Dropout in the Q-Former draws the same again."""
+    found = {}
+    for recompute in (False, True):
+        model = small_model(freeze_qformer=False)
+        for module in model.connector.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+        model.config.connector.recompute = recompute
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_of(model, batch_of([15, 12], [1, 1]))
+        loss.backward()
+        found[recompute] = kept, loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    (most, loss, grads), (least, again, same) = found[False], found[True]
+    assert torch.equal(loss, again) and least < most
+    torch.testing.assert_close(same, grads, rtol=0, atol=0)
+
+
 def test_queries_alone_can_be_trained():
     model = small_model(freeze_queries=False, freeze_proj=True)
     model.train()
