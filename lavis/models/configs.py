@@ -35,6 +35,10 @@ class VlmConfig(ModelConfig):
         resume="free",
     )
 
+    def __post_init__(self) -> None:
+        if self.tower is not None:
+            self.media = self.media.suited(self.tower)
+
     objectives = ("sft", "document")
     row_format = "chat"
     splits = True
@@ -110,6 +114,9 @@ class Blip2QFormerStage1Config(ModelConfig):
     itc_weight: float = opt(1.0, "weight of the image-text contrastive loss", at_least=0)
     itm_weight: float = opt(1.0, "weight of the image-text matching loss", at_least=0)
     itg_weight: float = opt(1.0, "weight of the image-grounded text generation loss", at_least=0)
+
+    def __post_init__(self) -> None:
+        self.media = self.media.suited(self.tower)
 
     objectives = ("blip2_stage1",)
     row_format = "caption"

@@ -82,6 +82,10 @@ class TowerConfig(PartConfig):
         """The same tower with so many blocks. Only where `blocks` is known."""
         raise NotImplementedError
 
+    def pixels(self) -> tuple[list[float] | None, list[float] | None]:
+        """Mean and standard deviation of RGB, in 0..1, that its weights were trained with; None means CLIP's."""
+        return None, None
+
     def span(self) -> int:
         """Vectors a picture (or tile) becomes."""
         raise NotImplementedError
@@ -183,10 +187,17 @@ class MediaConfig:
     max_tiles: int = opt(6, "most tiles of a picture, the whole picture not counted", at_least=1)
     processor: str = opt("blip2_image_eval", "image processor", registry="processor")
     train_processor: Optional[str] = opt(None, "image processor of training; null = `processor`", registry="processor")
-    mean: Optional[list[float]] = opt(None, "per-channel mean of RGB in 0..1; CLIP's when null")
-    std: Optional[list[float]] = opt(None, "per-channel standard deviation of RGB in 0..1; CLIP's when null")
+    mean: Optional[list[float]] = opt(None, "per-channel mean of RGB in 0..1; null = the tower's, else CLIP's")
+    std: Optional[list[float]] = opt(
+        None, "per-channel standard deviation of RGB in 0..1; null = the tower's, else CLIP's"
+    )
     min_scale: float = opt(0.5, "smallest area share of a random crop (only processors that crop)")
     max_scale: float = opt(1.0, "largest area share of a random crop (only processors that crop)")
+
+    def suited(self, tower: TowerConfig) -> MediaConfig:
+        """The same with what it leaves to `tower` filled in, so that a run's config.yaml and exports say it."""
+        mean, std = tower.pixels()
+        return replace(self, mean=self.mean or mean, std=self.std or std)
 
     def processors(self, image_size: int) -> ProcessorPair:
         """What is made of a picture's pixels, in training and otherwise."""

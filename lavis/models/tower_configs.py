@@ -18,7 +18,7 @@ from lavis.core.paths import resolve
 from lavis.models.parts import TowerConfig
 from lavis.weights.hub import local_folder
 
-CONFIG = "config.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 
 class Family(NamedTuple):
@@ -28,6 +28,8 @@ class Family(NamedTuple):
     norm: its final norm, if `last_hidden_state` has it. unused: parts that only pooled outputs need.
     defaults: of transformers' configuration class, which files leave out. settings: without what no patch needs.
     renames: names in files (pattern, replacement) where transformers' own version 5 calls a tensor otherwise.
+    rgb: mean and standard deviation in the published training, for weights without preprocessor_config.json; empty:
+    CLIP's.
     """
 
     prefix: int
@@ -36,8 +38,11 @@ class Family(NamedTuple):
     defaults: dict[str, Any]
     settings: Mapping[str, Any] = MappingProxyType({})
     renames: tuple[tuple[str, str], ...] = ()
+    rgb: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
 
 
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = Family(
     1, "", ("post_layernorm",), {"hidden_size": 768, "image_size": 224, "patch_size": 32, "num_hidden_layers": 12}
 )
@@ -50,23 +55,35 @@ FAMILIES: dict[str, Family] = {
     "clip_vision_model": _CLIP,
     "metaclip_2_vision_model": _CLIP,
     "siglip_vision_model": Family(
-        0, "post_layernorm", (), {**_BASE, "patch_size": 16}, settings={"vision_use_head": False}
+        0, "post_layernorm", (), {**_BASE, "patch_size": 16}, settings={"vision_use_head": False}, rgb=_HALF
     ),
     # the variant of any aspect ratio; SigLIP2's checkpoints of one resolution are of type siglip
     "siglip2_vision_model": Family(
-        0, "post_layernorm", (), {**_BASE, "patch_size": 16, "num_patches": 256}, settings={"vision_use_head": False}
+        0,
+        "post_layernorm",
+        (),
+        {**_BASE, "patch_size": 16, "num_patches": 256},
+        settings={"vision_use_head": False},
+        rgb=_HALF,
     ),
     "dinov2": Family(
-        1, "layernorm", (), {**_BASE, "patch_size": 14}, settings={"use_mask_token": False}, renames=_DINO_NAMES
+        1,
+        "layernorm",
+        (),
+        {**_BASE, "patch_size": 14},
+        settings={"use_mask_token": False},
+        renames=_DINO_NAMES,
+        rgb=_IMAGENET,
     ),
     "dinov2_with_registers": Family(
-        1, "layernorm", (), {**_BASE, "patch_size": 16, "num_register_tokens": 4}, renames=_DINO_NAMES
+        1, "layernorm", (), {**_BASE, "patch_size": 16, "num_register_tokens": 4}, renames=_DINO_NAMES, rgb=_IMAGENET
     ),
     "internvl_vision": Family(
         1,
         "layernorm",
         (),
         {"hidden_size": 1024, "image_size": [448, 448], "patch_size": [14, 14], "num_hidden_layers": 24},
+        rgb=_IMAGENET,
     ),
 }
 """Vision models of transformers that a tower can be, by model_type."""
@@ -115,6 +132,13 @@ class HfVisionConfig(TowerConfig):
 
     def width(self) -> int:
         return self.values()["hidden_size"]
+
+    def pixels(self) -> tuple[list[float] | None, list[float] | None]:
+        """What preprocessor_config.json beside the weights says, else what the published models of its type have."""
+        if not (self.config or self.config_file()):
+            return None, None
+        said, (mean, std) = self._preprocessor(), FAMILIES[self.values()["model_type"]].rgb
+        return said.get("image_mean") or list(mean) or None, said.get("image_std") or list(std) or None
 
     def blocks(self) -> int:
         """Blocks up to the chosen hidden state; the others are neither built nor loaded."""
@@ -171,6 +195,10 @@ class HfVisionConfig(TowerConfig):
         """config.json of `weights`; None if there is none on this machine."""
         folder = local_folder(self.weights) if self.weights else None
         return folder / CONFIG if folder and (folder / CONFIG).is_file() else None
+
+    def _preprocessor(self) -> dict[str, Any]:
+        folder = local_folder(self.weights) if self.weights else None
+        return read_json(folder / PREPROCESSOR) if folder and (folder / PREPROCESSOR).is_file() else {}
 
     def _own_image_size(self) -> int:
         values = self.values()
@@ -251,6 +279,12 @@ class TimmConfig(TowerConfig):
     def files(self, key: str) -> Iterator[NamedFile]:
         if self.weights:
             yield NamedFile(f"{key}.weights", _kind(self.weights), self.weights)
+
+    def pixels(self) -> tuple[list[float] | None, list[float] | None]:
+        """What timm's own settings of the model say."""
+        if any(self.problems("")):
+            return None, None
+        return list(self._dimensions().mean), list(self._dimensions().std)
 
     def _dimensions(self) -> Any:
         from lavis.models.towers.timm_sizes import dimensions

@@ -415,3 +415,34 @@ def test_adapters_take_part(name):
     tower.encode(pixels(config.image_size)).square().sum().backward()
     assert all((p.grad is not None) == p.requires_grad == ("lora_" in n) for n, p in tower.named_parameters())
     assert tower.borrowed_parameters() == []
+
+
+HALF, IMAGENET = [0.5] * 3, [0.485, 0.456, 0.406]
+
+
+def media_of(tower, **media):
+    """`media` as a recipe with this tower has it."""
+    model = {"arch": "vlm", "tower": tower, "connector": {"name": "linear"}, "llm": {"weights": "shapes/llm_b"}}
+    data = {"train": [{"source": "shapes_instruction"}]}
+    return recipe_from_dict({"model": model | {"media": media}, "data": data}).model.media
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "mean"),
+    [("siglip", "siglip_vision_model", HALF), ("dinov2", "dinov2", IMAGENET), ("clip", "clip_vision_model", None)],
+)
+def test_pictures_are_normalised_as_the_tower_was_trained(tmp_path, name, kind, mean):
+    tower = {"name": name, "config": VISION | {"model_type": kind}, "train": "full"}
+    assert media_of(tower).mean == mean
+    assert media_of(tower, mean=[0.1, 0.2, 0.3]).mean == [0.1, 0.2, 0.3]  # a recipe has the last word
+    (tmp_path / "config.json").write_text(json.dumps(tower["config"]))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))
+    found = media_of({"name": name, "weights": str(tmp_path), "train": "full"})
+    assert (found.mean, found.std) == ([0.4] * 3, [0.2] * 3)
+
+
+def test_pictures_for_a_vit_of_timm_are_normalised_as_timm_says():
+    for model in ("vit_tiny_patch16_224", "vit_base_patch16_clip_224"):
+        expected = timm.get_pretrained_cfg(model)
+        media = media_of({"name": "timm", "model": model, "train": "full"})
+        assert (media.mean, media.std) == (list(expected.mean), list(expected.std))

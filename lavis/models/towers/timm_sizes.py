@@ -12,13 +12,17 @@ from lavis.core.errors import ConfigError
 
 
 class Dimensions(NamedTuple):
-    """Sizes of a ViT; `prefix`: class token and registers, `patches`: vectors of a picture without them."""
+    """Sizes of a ViT, and the mean and deviation of RGB it was trained with; `prefix`: class token and registers,
+    `patches`: vectors of a picture without them.
+    """
 
     width: int
     depth: int
     image_size: int
     patches: int
     prefix: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @functools.lru_cache(maxsize=32)
@@ -28,7 +32,10 @@ def dimensions(model: str, image_size: int | None) -> Dimensions:
         vit = create(model, image_size)
     height, width = vit.patch_embed.grid_size
     size = vit.patch_embed.img_size[0]
-    return Dimensions(vit.embed_dim, len(vit.blocks), size, height * width, vit.num_prefix_tokens)
+    patches, trained = height * width, vit.pretrained_cfg
+    return Dimensions(
+        vit.embed_dim, len(vit.blocks), size, patches, vit.num_prefix_tokens, trained["mean"], trained["std"]
+    )
 
 
 def create(model: str, image_size: int | None, **settings: Any) -> Any:
