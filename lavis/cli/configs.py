@@ -121,7 +121,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{name}: valid")
         missing = missing_files(recipe)
         for key, path in missing:
-            print(f"  not there yet: {path} ({key})")
+            print(f"  not there, or incomplete: {path} ({key})")
         if missing:
             print(f"  `lavis weights {name}` says where they come from")
     return ConfigError.exit_code if wrong else 0

@@ -36,7 +36,7 @@ def _changed(entries: list[Any], changes: Mapping[Any, Any], key: str, wrong: li
         found = [e for i, e in enumerate(entries) if str(which) in (str(i), e.get("name"), e.get("source"))]
         if not found:
             names = ", ".join(f"{i} ({e.get('name') or e.get('source', 'files')})" for i, e in enumerate(entries))
-            wrong.append((f"{key}.{which}", f"there is no such entry (there are: {names or 'none'})"))
+            wrong.append((f"{key}.{which}", f"there is no such entry (there are: {names or 'none'}); {key} is a list"))
         for entry in found:
             _merge(entry, change)
     return entries
