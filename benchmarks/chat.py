@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
@@ -33,8 +34,7 @@ from lavis.generation.model import ChatModel
 from lavis.generation.pictures import open_picture
 from lavis.generation.settings import GenerationSettings
 from lavis.generation.whole import generate_whole
-from lavis.models.configs import MiniGPT4QwenConfig
-from lavis.runs.checkpoint import TrainState, identity, save_checkpoint
+from lavis.runs.checkpoint import TrainState, frozen_files, identity, save_checkpoint
 from lavis.serve.load import load_chat
 from lavis.serve.session import ChatSession
 
@@ -64,7 +64,7 @@ class Clock(BaseStreamer):
 def make_run(folder: Path, size: str) -> Path:
     """A run whose LLM is random."""
     width, mlp, blocks = LLMS[size]
-    tokenizer = load_tokenizer(MiniGPT4QwenConfig(llm_model="shapes/llm_b"))
+    tokenizer = load_tokenizer(load_recipe("shapes/align").model)
     heads = width // 64
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks,
@@ -72,12 +72,9 @@ def make_run(folder: Path, size: str) -> Path:
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
-    recipe = load_recipe("shapes/align", [f"model.llm_model={folder / 'llm'}"])
+    recipe = load_recipe("shapes/align", [f"model.llm.weights={folder / 'llm'}"])
     tensors = {"llm_proj.weight": 0.1 * torch.randn(width, 128), "llm_proj.bias": torch.zeros(width)}
-    frozen = {
-        "llm_model": identity(folder / "llm"),
-        "pretrained": identity(ASSETS_ROOT / "shapes/tower/tower.safetensors"),
-    }
+    frozen = {key: identity(path) for key, path in frozen_files(recipe.model).items()}
     save_checkpoint(folder / "run/checkpoints", TrainState(1, 1, frozen=frozen), tensors, {}, recipe.to_yaml())
     return folder / "run"
 
@@ -86,18 +83,25 @@ def ask_session(session: ChatSession, question: str, pictures: list, tokens: int
     """Times of the tokens and when it began."""
     started = time.perf_counter()
     reply = session.ask(question, pictures)
-    times = []
-    give = reply.answer.give
-    reply.answer.give = lambda token: (times.append(time.perf_counter()) if token is not None else None, give(token))
+    times: list[float] = []
+    given = reply.answer.give
+
+    def give(token: int | None) -> None:
+        if token is not None:
+            times.append(time.perf_counter())
+        given(token)
+
+    vars(reply.answer)["give"] = give
     list(reply)
     return times, started
 
 
-def ask_anew(chat: ChatModel, prompt, tokens: int) -> tuple[list[float], float]:
+def ask_anew(chat: ChatModel, prompt: Any, tokens: int) -> tuple[list[float], float]:
     """This program's generation over the whole prompt, pictures encoded again."""
     clock, started = Clock(), time.perf_counter()
     with torch.inference_mode():
-        embeds = chat.embed(prompt.ids, [chat.model.encode_images(chat.pixels(p))[0] for p in prompt.pictures])
+        model: Any = chat.model
+        embeds = chat.embed(prompt.ids, [model.encode_images(chat.pixels(p))[0] for p in prompt.pictures])
     settings = GenerationSettings(max_new_tokens=tokens)
     length = [len(prompt)]
     generate_whole(chat.llm, embeds, length, STOPS, 0, settings, min_new_tokens=tokens, streamer=clock)
@@ -137,7 +141,8 @@ def measure(
     seen: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for _ in range(repeats):
         engine = Engine(chat)
-        session, messages = ChatSession(engine, GenerationSettings(max_new_tokens=tokens, top_k=0)), []
+        settings = GenerationSettings(max_new_tokens=tokens, top_k=0)
+        session, messages = ChatSession(engine, settings), []
         for turn in range(1, turns + 1):
             shown = [picture] if turn == 1 else []
             messages.append(
@@ -149,7 +154,7 @@ def measure(
                     ],
                 }
             )
-            prompt = session._prompt(f"{turn}. {QUESTION}", tuple(shown), session.settings)
+            prompt = session._prompt(f"{turn}. {QUESTION}", tuple(shown), settings)
             ways = {
                 "session": partial(ask_session, session, f"{turn}. {QUESTION}", shown, tokens),
                 "everything anew": partial(ask_anew, chat, prompt, tokens),

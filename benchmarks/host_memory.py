@@ -67,7 +67,10 @@ def qwen1_block(i: int) -> dict[str, tuple[int, ...]]:
 def qwen2_block(i: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a block of Qwen2."""
     p = f"model.layers.{i}."
-    shapes = {"input_layernorm.weight": (WIDTH,), "post_attention_layernorm.weight": (WIDTH,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (WIDTH,),
+        "post_attention_layernorm.weight": (WIDTH,),
+    }
     shapes |= {f"self_attn.{n}_proj.weight": (WIDTH, WIDTH) for n in "qkvo"} | {
         f"self_attn.{n}_proj.bias": (WIDTH,) for n in "qkv"
     }

@@ -152,6 +152,7 @@ def main() -> int:
                         f" {peak / 2**30:6.2f} GiB, ratio {expected / peak:.2f}",
                         flush=True,
                     )
+                assert plan.seconds is not None  # a CPU's arithmetic is measured
                 print(
                     f"{size:7} {kind:22} step: expected {plan.seconds:6.1f} s, measured {seconds:6.1f} s, ratio"
                     f" {plan.seconds / seconds:.2f}",
@@ -163,7 +164,7 @@ def main() -> int:
 
 def row_images(recipe: Path) -> int:
     """Images of a packed row of the shapes world: a sample is of some 60 tokens and has one image in three of four."""
-    return load_recipe(recipe).run.pack_length // 60
+    return load_recipe(recipe).data.pack_length // 60
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -61,14 +62,15 @@ def ask(client: httpx.Client, messages: list, stream: bool) -> tuple[str, float,
 
 def talk(client: httpx.Client, url: str, turns: int, stream: bool) -> tuple[list[str], list[tuple[float, float]]]:
     """The answers of a conversation about the picture at `url`, and their latencies."""
-    messages, answers, latencies = [], [], []
+    messages: list[dict[str, Any]] = []
+    answers, latencies = [], []
     for question in QUESTIONS[:turns]:
         image = [] if messages else [{"type": "image_url", "image_url": {"url": url}}]
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
-        answer, *seconds = ask(client, messages, stream)
+        answer, first, whole = ask(client, messages, stream)
         messages.append({"role": "assistant", "content": answer})
         answers.append(answer)
-        latencies.append(tuple(seconds))
+        latencies.append((first, whole))
     return answers, latencies
 
 
