@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -32,6 +34,33 @@ class Scorer:
         config = llm.config.get_text_config()
         self._scale, self._softcap = logits_scale(config), logits_softcap(config)
 
+    def _gives_gradient(self, hidden: torch.Tensor) -> bool:
+        """Whether the gradient by `hidden` can be made beside the loss: if the head has none itself, its weight is
+        whole here, and the numbers are not so small (fp16's, before the loss is scaled) that they would be lost.
+        """
+        head, device = self._head, hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+        return frozen and self._calls is _as_many and dtype != torch.float16
+
+    def loss_and_gradient(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed cross-entropy and its gradient by `hidden`, chunk by chunk: logits are made once, and neither
+        they nor their logarithms are kept for the backward pass.
+        """
+        gradient, sums = torch.empty_like(hidden), []
+        for start in range(0, len(targets), self.rows):
+            chunk = slice(start, start + self.rows)
+            raw, goal = self._head(hidden[chunk]), targets[chunk].unsqueeze(-1)
+            logits = self._shaped(raw.float())
+            slope = None if not self._softcap else 1 - (logits / self._softcap) ** 2
+            logs = F.log_softmax(logits, dim=-1)
+            sums.append(-logs.gather(-1, goal).sum())
+            by_logits = logs.exp_().scatter_add_(-1, goal, logs.new_full((1, 1), -1.0).expand_as(goal))
+            by_logits = by_logits if slope is None else by_logits.mul_(slope)
+            by_logits = by_logits if self._scale == 1 else by_logits.mul_(self._scale)
+            gradient[chunk] = by_logits.to(raw.dtype) @ self._head.weight.to(raw.dtype)
+        return torch.stack(sums).sum() if sums else hidden.new_zeros((), dtype=torch.float32), gradient
+
     @property
     def rows(self) -> int:
         """How many positions' logits are made at a time."""
@@ -39,7 +68,9 @@ class Scorer:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in fp32, [n, V], as the LLM's own forward gives them. Not chunked: for few positions."""
-        logits = self._head(hidden).float()
+        return self._shaped(self._head(hidden).float())
+
+    def _shaped(self, logits: torch.Tensor) -> torch.Tensor:
         if self._scale != 1:
             logits = logits * self._scale
         if self._softcap:
@@ -48,6 +79,9 @@ class Scorer:
 
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy against `targets` int64 [n], summed, an fp32 scalar."""
+        if torch.is_grad_enabled() and hidden.requires_grad and self._gives_gradient(hidden):
+            total: torch.Tensor = _SumOfFrozen.apply(hidden, targets, self)
+            return total
         sums = self._in_chunks(self._summed, hidden, targets)
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
@@ -67,6 +101,21 @@ class Scorer:
 
     def _logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return -F.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+
+class _SumOfFrozen(torch.autograd.Function):
+    """Scorer.cross_entropy, whose gradient is there with the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, scorer: Scorer) -> torch.Tensor:
+        loss, gradient = scorer.loss_and_gradient(hidden, targets)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * grads[0]).to(gradient.dtype), None, None
 
 
 # transformers writes what happens behind the head into each architecture's forward; only some configurations have

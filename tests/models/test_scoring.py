@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -112,3 +113,48 @@ def test_ranks_that_share_weights_call_the_head_equally_often():
         loss = scorer.cross_entropy(hidden[:n], targets[:n])
         assert len(calls) == 4
         torch.testing.assert_close(loss, Scorer(llm).cross_entropy(hidden[:n], targets[:n]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [100, 3])
+@pytest.mark.parametrize("name", LLMS)
+def test_a_frozen_head_gives_the_gradient_of_autograd_beside_the_loss(name, rows, monkeypatch):
+    llm, _, hidden, targets = case(name)
+    hidden = hidden.detach().requires_grad_()
+    found = []
+    for frozen in (False, True):
+        llm.requires_grad_(not frozen)
+        monkeypatch.setattr(scoring, "LOGITS_CHUNK_BYTES", 4 * 50 * rows)
+        loss = Scorer(llm).cross_entropy(hidden, targets)
+        assert (type(loss.grad_fn).__name__ == "_SumOfFrozenBackward") == frozen
+        (gradient,) = torch.autograd.grad(0.37 * loss, hidden)
+        found.append((loss.detach(), gradient))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_head_keeps_no_logits_and_is_called_once_for_each_chunk(monkeypatch):
+    llm, _, hidden, targets = case("plain")
+    llm.requires_grad_(False)
+    hidden, calls, kept = hidden.detach().requires_grad_(), [], []
+    llm.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(scoring, "LOGITS_CHUNK_BYTES", 4 * 50 * 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = Scorer(llm).cross_entropy(hidden, targets)
+    loss.backward()
+    assert len(calls) == 3 and kept == [hidden.numel()]
+
+
+def test_a_trained_head_gets_its_gradient():
+    llm, logits, hidden, targets = case("plain")
+    Scorer(llm).cross_entropy(hidden.detach(), targets).backward()
+    expected = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), llm.lm_head.weight)
+    torch.testing.assert_close(llm.lm_head.weight.grad, expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_no_supervised_position_is_a_loss_of_zero_with_a_gradient():
+    llm, _, hidden, targets = case("plain")
+    llm.requires_grad_(False)
+    hidden = hidden.detach().requires_grad_()
+    loss = Scorer(llm).cross_entropy(hidden[:0], targets[:0])
+    loss.backward()
+    assert loss == 0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
