@@ -186,6 +186,8 @@ class Batch:
     lengths: for each row, how many of its positions are not padding.
     num_samples: conversations or blocks (packed ones each count).
     bad_images: how many pictures were replaced because they could not be read.
+    runs: for each row, lengths of the pieces that do not see each other, without padding; empty: as positions say.
+    beginning: token ids that every piece begins with, before any picture; empty: none that are known.
     """
 
     input_ids: torch.Tensor
@@ -198,6 +200,8 @@ class Batch:
     supervised_tokens: int = 0
     num_samples: int = 0
     bad_images: int = 0
+    runs: tuple[tuple[int, ...], ...] = ()
+    beginning: tuple[int, ...] = ()
 
     @property
     def num_pad(self) -> int:

@@ -22,6 +22,10 @@ from lavis.data.sampler import Row, StepPlan
 from lavis.data.table import PreparedTable
 
 logger = logging.getLogger(__name__)
+_JUDGED = 64
+"""Samples of each table that are looked at for what all begin with."""
+_WORTH = 8
+"""Fewer tokens than this are read in each sample anew."""
 
 
 class Pixels(TypedDict, total=False):
@@ -109,10 +113,12 @@ def collate(
     pad_id: int,
     pack_length: int | None,
     bad_images: int = 0,
+    beginning: tuple[int, ...] = (),
 ) -> Batch:
     """Rows of samples to a Batch, padded on the right to `pack_length`, or without one to the longest row.
 
-    images: `pixel_values` or `features` of all rows in reading order; empty when there is none.
+    images: `pixel_values` or `features` of all rows in reading order; empty when there is none. beginning: what all
+    samples of the data begin with; the batch names it if all of its own do.
     Positions restart at 0 with each piece of each sample of a row. With `pack_length` so does the padding, which then
     is a run of its own that no sample attends to; without, it goes on counting.
     """
@@ -122,12 +128,14 @@ def collate(
     input_ids = torch.full(shape, pad_id)
     labels = torch.full(shape, IGNORE_INDEX)
     position_ids = torch.zeros(shape, dtype=torch.long)
+    pieces: list[tuple[int, ...]] = []
     for i, (row, length) in enumerate(zip(samples, lengths, strict=True)):
         input_ids[i, :length] = torch.tensor([t for s in row for t in s.input_ids])
         labels[i, :length] = torch.tensor([t for s in row for t in s.labels])
         # Where positions begin again at 0 another sample begins: attention finds the borders by that alone, so a packed
         # row needs no mask beside it, and padding that went on counting would belong to the last sample.
-        runs = [n for s in row for n in s.runs]
+        pieces.append(tuple(n for s in row for n in s.runs))
+        runs = list(pieces[-1])
         if pack_length:
             runs.append(width - length)
         else:
@@ -141,8 +149,32 @@ def collate(
         num_samples=sum(map(len, samples)),
         lengths=tuple(lengths),
         bad_images=bad_images,
+        runs=tuple(pieces),
+        beginning=beginning if all(_begins(s, beginning) for row in samples for s in row) else (),
         **images,
     )
+
+
+def _begins(sample: Sample, beginning: tuple[int, ...]) -> bool:
+    n = len(beginning)
+    return len(sample.runs) == 1 and len(sample) > n and sample.input_ids[:n] == beginning
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def common_beginning(tables: Sequence[PreparedTable]) -> tuple[int, ...]:
+    """The ids that samples of all `tables` begin with, before any picture, judged by the first ones of each; empty if
+    they are too few to be worth anything.
+    """
+    seen = [table.sample(i) for table in tables for i in range(min(len(table), _JUDGED))]
+    found: tuple[int, ...] = seen[0].input_ids if seen else ()
+    for sample in seen:
+        until = min([len(sample) - 1, *(span.start for span in sample.media)])
+        found = found[: min(until, _common(found, sample.input_ids))] if len(sample.runs) == 1 else ()
+    return found if len(found) >= _WORTH else ()
 
 
 class TrainLoader:
@@ -164,7 +196,7 @@ class TrainLoader:
         self._plan = plan
         self._order = _StepOrder(plan, rank, seed)
         self._loader = DataLoader(
-            _MicroBatches(tables, images, pad_id, plan.pack_length),
+            _MicroBatches(tables, images, pad_id, plan.pack_length, common_beginning(tables)),
             batch_size=None,
             sampler=self._order,
             collate_fn=_as_is,
@@ -206,13 +238,21 @@ class _StepOrder(Sampler[_Task]):
 class _MicroBatches(Dataset[Batch]):
     """Tasks to batches. All it holds is memory-mapped or small, so workers cost little memory."""
 
-    def __init__(self, tables: list[PreparedTable], images: ImageSource, pad_id: int, pack_length: int | None) -> None:
+    def __init__(
+        self,
+        tables: list[PreparedTable],
+        images: ImageSource,
+        pad_id: int,
+        pack_length: int | None,
+        beginning: tuple[int, ...],
+    ) -> None:
         self._tables, self._images, self._pad_id, self._pack_length = tables, images, pad_id, pack_length
+        self._beginning = beginning
         self._ends = list(itertools.accumulate(map(len, tables)))
 
     def __getitem__(self, task: _Task) -> Batch:
         samples = [[self._sample(i) for i in row] for row in task.rows]
-        return load_batch(samples, self._images, self._pad_id, self._pack_length, task.seed)
+        return load_batch(samples, self._images, self._pad_id, self._pack_length, task.seed, self._beginning)
 
     def _sample(self, index: int) -> Sample:
         table = bisect.bisect_right(self._ends, index)
@@ -244,14 +284,19 @@ def eval_batches(
 
 
 def load_batch(
-    samples: Sequence[Sequence[Sample]], images: ImageSource, pad_id: int, pack_length: int | None = None, seed: int = 0
+    samples: Sequence[Sequence[Sample]],
+    images: ImageSource,
+    pad_id: int,
+    pack_length: int | None = None,
+    seed: int = 0,
+    beginning: tuple[int, ...] = (),
 ) -> Batch:
     """`collate` with the images that the samples name, from `images`."""
     spans = [span for row in samples for sample in row for span in sample.media]
     if not spans:
-        return collate(samples, {}, pad_id, pack_length)
+        return collate(samples, {}, pad_id, pack_length, beginning=beginning)
     pixels, bad = images.load([span.ref.path for span in spans], seed, [span.tiles for span in spans])
-    return collate(samples, pixels, pad_id, pack_length, bad)
+    return collate(samples, pixels, pad_id, pack_length, bad, beginning)
 
 
 def _as_is(batch: Any) -> Any:

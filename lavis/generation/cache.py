@@ -4,21 +4,16 @@ go on.
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [rows, heads, tokens, width] of each layer."""
-
-
-_LENGTH_DEPENDENT_ROPE = r"'(rope_)?type': '(longrope|\w*dynamic\w*)'"
 
 
 class GrowingLayer(DynamicLayer):
@@ -55,23 +50,6 @@ def _with_room(have: torch.Tensor | None, like: torch.Tensor, old: int, size: in
     if have is not None and old:
         room[..., :old, :] = have
     return room
-
-
-def cuttable(llm: PreTrainedModel) -> bool:
-    """Whether the LLM remembers nothing but keys and values that depend on what came before alone, so that rows can be
-    cut, joined and kept.
-
-    Recurrent ones remember more; rotary embeddings that change with the length of the longest row depend on more.
-    """
-    if "past_key_values" not in inspect.signature(llm.forward).parameters or re.search(
-        _LENGTH_DEPENDENT_ROPE, str(llm.config.to_dict())
-    ):
-        return False
-    try:
-        layers = DynamicCache(config=llm.config).layers
-    except (KeyError, AttributeError, ValueError):
-        return False
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def new_cache(layers: Layers | None = None) -> Cache:

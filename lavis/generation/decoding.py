@@ -13,10 +13,11 @@ from transformers import Cache, PreTrainedModel
 
 from lavis.core.errors import DataError
 from lavis.core.types import Batch
-from lavis.generation.cache import Layers, cuttable, joined, layers_of, left_padded, new_cache
+from lavis.generation.cache import Layers, joined, layers_of, left_padded, new_cache
 from lavis.generation.sampling import Chooser
 from lavis.generation.settings import GenerationSettings
 from lavis.generation.whole import generate_whole
+from lavis.models.attention import attends_only
 from lavis.models.llm import context_length
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -267,7 +268,7 @@ class LocalDecoder(KeyValueDecoder):
         self, batch: Batch, stop_token_ids: Collection[int], pad_token_id: int, settings: GenerationSettings
     ) -> list[list[int]]:
         """See Decoder. Beams, and LLMs that remember more than keys and values, are left to transformers."""
-        if settings.num_beams == 1 and cuttable(self.llm):
+        if settings.num_beams == 1 and attends_only(self.llm):
             return super().generate(batch, stop_token_ids, pad_token_id, settings)
         with torch.inference_mode():
             embeds = self.model.embed(batch)

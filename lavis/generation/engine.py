@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from lavis.core.errors import BusyError, ChatError
-from lavis.generation.cache import PrefixStore, cuttable, row_of
+from lavis.generation.cache import PrefixStore, row_of
 from lavis.generation.decoding import Decoding, FinishReason, LocalDecoder, Row
 from lavis.generation.model import ChatModel, Prompt
 from lavis.generation.pictures import Picture
 from lavis.generation.sampling import Chooser
 from lavis.generation.settings import GenerationSettings
 from lavis.generation.whole import generate_whole
+from lavis.models.attention import attends_only
 
 if TYPE_CHECKING:
     from lavis.models.vlm import Vlm
@@ -144,7 +145,7 @@ class Engine:
         self, chat: ChatModel, *, max_batch: int = 8, max_waiting: int = 256, store_bytes: int | None = None
     ) -> None:
         self.chat = chat
-        self.cuttable = cuttable(chat.llm)
+        self.cuttable = attends_only(chat.llm)
         self.max_batch = max_batch if self.cuttable else 1
         self.max_waiting = max_waiting
         self.store = PrefixStore(_store_bytes(chat.device) if store_bytes is None else store_bytes)

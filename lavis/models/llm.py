@@ -20,6 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import resolve
+from lavis.models.attention import Runs, Samples, attending, first_places, flat, in_rows, places, prepared, runs_of
+from lavis.models.beginning import Beginning
 from lavis.models.parts import LlmConfig
 from lavis.weights.gguf import gguf_arguments, is_gguf
 from lavis.weights.qwen1 import load_qwen1
@@ -171,13 +173,40 @@ def check_context(llm: PreTrainedModel, max_length: int) -> None:
         )
 
 
-def hidden_states(llm: PreTrainedModel, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def hidden_states(
+    llm: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    position_ids: torch.Tensor,
+    runs: Runs = (),
+    beginning: Beginning | None = None,
+) -> torch.Tensor:
     """The last hidden states [B, L, D] of inputs_embeds [B, L, D], behind the final norm.
 
-    position_ids: int64 [B, L], restarting with each packed sample (transformers makes attention block-diagonal from
-    that, as long as no attention mask and no cache is passed).
+    position_ids: int64 [B, L], restarting with each packed sample. runs: lengths of the samples of each row, known
+    without a look at the device; those that positions say if not given. beginning: of all samples, not run again.
+    Padding is not run, and gives zeros; an LLM that cannot attend within samples runs it, and transformers masks
+    attention by the positions.
     """
-    return llm.base_model(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False).last_hidden_state
+    if not prepared(llm):
+        out = llm.base_model(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
+        return out.last_hidden_state
+    runs, (rows, width), device = runs or runs_of(position_ids), position_ids.shape, inputs_embeds.device
+    before = len(beginning) if beginning else 0
+    where = places(runs, width, device, before)
+    joined = flat(inputs_embeds, where)
+    lengths = tuple(length - before for row in runs for length in row)
+    # with a mask given, transformers does not look for borders in the positions, for which the host would wait
+    seen = torch.ones(1, 1, dtype=torch.bool, device=device).expand(1, joined.shape[1])
+    with attending(Samples(lengths, beginning.layers if beginning else ())):
+        out = llm.base_model(
+            inputs_embeds=joined, attention_mask=seen, position_ids=flat(position_ids, where), use_cache=False
+        )
+    hidden = in_rows(out.last_hidden_state, where, (rows, width))
+    if beginning is None:
+        return hidden
+    at = first_places(runs, width, device, before)
+    first = beginning.hidden[0].to(hidden.dtype).repeat(len(lengths), 1)
+    return hidden.flatten(0, 1).index_copy(0, at, first).view_as(hidden)
 
 
 def recompute_activations(llm: PreTrainedModel) -> None:

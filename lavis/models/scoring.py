@@ -34,7 +34,12 @@ class Scorer:
         config = llm.config.get_text_config()
         self._scale, self._softcap = logits_scale(config), logits_softcap(config)
 
-    def _gives_gradient(self, hidden: torch.Tensor) -> bool:
+    @property
+    def num_weights(self) -> int:
+        """Of the head's matrix."""
+        return self._head.in_features * self._head.out_features
+
+    def gives_gradient(self, hidden: torch.Tensor) -> bool:
         """Whether the gradient by `hidden` can be made beside the loss: if the head has none itself, its weight is
         whole here, and the numbers are not so small (fp16's, before the loss is scaled) that they would be lost.
         """
@@ -54,7 +59,7 @@ class Scorer:
             logits = self._shaped(raw.float())
             slope = None if not self._softcap else 1 - (logits / self._softcap) ** 2
             logs = F.log_softmax(logits, dim=-1)
-            sums.append(-logs.gather(-1, goal).sum())
+            sums.append(F.nll_loss(logs, targets[chunk], reduction="sum"))
             by_logits = logs.exp_().scatter_add_(-1, goal, logs.new_full((1, 1), -1.0).expand_as(goal))
             by_logits = by_logits if slope is None else by_logits.mul_(slope)
             by_logits = by_logits if self._scale == 1 else by_logits.mul_(self._scale)
@@ -79,7 +84,7 @@ class Scorer:
 
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy against `targets` int64 [n], summed, an fp32 scalar."""
-        if torch.is_grad_enabled() and hidden.requires_grad and self._gives_gradient(hidden):
+        if torch.is_grad_enabled() and hidden.requires_grad and self.gives_gradient(hidden):
             total: torch.Tensor = _SumOfFrozen.apply(hidden, targets, self)
             return total
         sums = self._in_chunks(self._summed, hidden, targets)

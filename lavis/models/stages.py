@@ -23,10 +23,11 @@ from lavis.config.init import Init
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import resolve
 from lavis.models.adapters import add_lora
+from lavis.models.attention import prepare
 from lavis.models.composition import public_name
 from lavis.models.configs import VlmConfig
 from lavis.models.initial import load_initial
-from lavis.models.llm import build_llm, recompute_activations
+from lavis.models.llm import build_llm, hidden_states, recompute_activations
 from lavis.models.parts import LlmConfig
 from lavis.models.scoring import Scorer
 from lavis.models.vlm import Vlm
@@ -169,6 +170,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.part = config, part
+        prepare(llm)
         if part.is_first:
             self.front = Vlm(config, llm, image_token_id, on_meta=True)
             filled = self.front.load_weights()
@@ -237,7 +239,9 @@ class Stage(nn.Module):
             embeds = self.front.embed_parts(ids, images)
         else:
             embeds, positions = inputs
-        hidden = self.hidden(embeds, position_ids=positions, use_cache=False)
+        # No stage but the first could be told where samples begin; the host reads it off the positions, as it has
+        # waited for DeepSpeed to learn their shape anyway.
+        hidden = hidden_states(self.llm, embeds, positions)
         return hidden if self.part.is_last else (hidden, positions)
 
     def scorer(self) -> Scorer:

@@ -20,6 +20,8 @@ from lavis.core.types import Batch
 from lavis.data.assemble import load_tokenizer
 from lavis.models import llm as llms
 from lavis.models.adapters import add_lora
+from lavis.models.attention import prepare, prepared
+from lavis.models.beginning import Beginnings
 from lavis.models.composition import Composition
 from lavis.models.configs import VlmConfig
 from lavis.models.connectors.base import Connector
@@ -59,6 +61,8 @@ class Vlm(Composition):
         self.config, self.image_token_id = config, image_token_id
         self._span = config.tokens_per_tile
         self._tower_shape = (config.tower.span(), config.tower.width()) if config.tower is not None else (0, 0)
+        prepare(llm)
+        self._beginnings, self.shares_beginnings = Beginnings(), config.llm.train == "frozen"
         self.visual_encoder = _tower(config, on_meta, all_on_meta)
         self.llm_model = llm
         self.connector = _connector(config, llm, on_meta, all_on_meta)
@@ -257,7 +261,10 @@ class Vlm(Composition):
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The LLM's last hidden states [B, L, D], behind its final norm."""
-        return llms.hidden_states(self.llm_model, self.embed(batch), batch.position_ids)
+        llm, shared = self.llm_model, None
+        if self.shares_beginnings and batch.beginning and prepared(llm):
+            shared = self._beginnings.of(llm, batch.beginning)
+        return llms.hidden_states(llm, self.embed(batch), batch.position_ids, batch.runs, shared)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.hidden(batch)

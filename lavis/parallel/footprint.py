@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lavis.models.configs import VlmConfig
-from lavis.models.llm import DTYPES
+from lavis.models.llm import DTYPES, hidden_states
 from lavis.models.scoring import Scorer
 from lavis.models.stages import Part, Stage, llm_part
 
@@ -46,15 +46,20 @@ class MicroBatch:
     """The shape of what goes through a model at once: `rows` of `tokens` each, and how many images and supervised
     tokens are in all of them.
 
-    `packed`: a row holds several samples, whose attention needs a mask. `cached`: images come as the tower's features.
+    `samples`: how many a row holds, of like length. `cached`: images come as the tower's features.
     """
 
     rows: int
     tokens: int
     images: int
     supervised: int
-    packed: bool = False
+    samples: int = 1
     cached: bool = False
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Lengths of the samples of a row."""
+        return tuple(self.tokens // self.samples + (i < self.tokens % self.samples) for i in range(self.samples))
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class Footprints:
             stage = _build(
                 _bare(self._config, tower_depth), _deep_enough(self._llm_config, blocks), part, self._precision
             )
-            if not self.batch.packed and stage.llm.config._attn_implementation == "sdpa":
+            if self.batch.samples == 1 and stage.llm.config._attn_implementation == "sdpa":
                 stage.llm.set_attn_implementation(_UNMASKED)
             with FakeTensorMode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what autocast has to say of this machine's processor
@@ -227,14 +232,18 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
                 crossing = torch.float32 if config.llm.train == "full" else precision.frozen_llm
                 embeds = torch.empty(batch.rows, batch.tokens, width, dtype=crossing, requires_grad=True)
             front_peak = costs.lap()
-            out = stage.hidden(embeds, position_ids=positions, use_cache=False)
+            out = hidden_states(stage.llm, embeds, positions, (batch.runs,) * batch.rows)
             if part.is_first:
                 del embeds  # a later stage's input waits for the gradient that is sent back
-            blocks_peak, held = costs.lap(), costs.now
+            blocks_peak, held, gradient_flops = costs.lap(), costs.now, 0
             if part.is_last:
-                chosen = torch.zeros(batch.supervised, dtype=torch.long)
-                out = Scorer(stage.llm).cross_entropy(out.flatten(0, 1).index_select(0, chosen), chosen)
-        forward_flops = costs.flops
+                chosen, scorer = torch.zeros(batch.supervised, dtype=torch.long), Scorer(stage.llm)
+                read = out.flatten(0, 1).index_select(0, chosen)
+                if read.requires_grad and scorer.gives_gradient(read):  # a part of backward that comes with the loss
+                    gradient_flops = 2 * batch.supervised * scorer.num_weights
+                out = scorer.cross_entropy(read, chosen)
+                del read
+        forward_flops = costs.flops - gradient_flops
         if out.requires_grad:  # not if there is no image and the projection alone is trained
             out.backward(torch.ones_like(out))
         back_peak = costs.lap()

@@ -191,9 +191,9 @@ class Planner:
         self._footprints = functools.cache(self._make_footprints)  # of this instance, and gone with it
         self.tokens = tokens or (data.pack_length if data.packing else config.max_length)
         sees = config.sees and (any(has_images(e) for _, e in data.entries()) or not data.train)
-        self.images = (
-            images if images is not None else sees * (max(1, self.tokens // config.max_length) if data.packing else 1)
-        )
+        # samples of a packed row, if all are of the longest length: more and shorter ones need no more
+        self.row_samples = max(1, self.tokens // config.max_length) if data.packing else 1
+        self.images = images if images is not None else sees * self.row_samples
         self.supervised = supervised or max(1, self.tokens - self.images * config.tokens_per_tile)
         self.samples = (
             samples
@@ -207,7 +207,7 @@ class Planner:
 
     def _make_footprints(self, rows: int, recompute: bool) -> Footprints:
         batch = MicroBatch(
-            rows, self.tokens, rows * self.images, rows * self.supervised, self.data.packing, self.data.cache_features
+            rows, self.tokens, rows * self.images, rows * self.supervised, self.row_samples, self.data.cache_features
         )
         return Footprints(self.config.with_recomputation(recompute), self.llm_config, batch, self.precision)
 

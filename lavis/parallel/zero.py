@@ -91,6 +91,8 @@ class Zero(Strategy):
 
         self.stage = zero_stage(recipe)
         learner = ZeroLearner(learner, in_step=self.stage == 3 and ranks.world.size > 1)
+        if self.stage == 3:  # fetches weights in the order of the first step, where this would run the blocks once more
+            learner.model.shares_beginnings = False
         super().__init__(learner, recipe, ranks, accumulation)
         with self.world.local_main_first():
             build_operators()

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lavis.core.types import Batch
-from lavis.generation.cache import cuttable
 from lavis.generation.decoding import LocalDecoder, Row
 from lavis.generation.sampling import Chooser
 from lavis.generation.settings import GenerationSettings
 from lavis.generation.whole import generate_whole
+from lavis.models.attention import attends_only
 from lavis.models.configs import VlmConfig
 from lavis.models.vlm import Vlm
 from tests.generation.test_engine import llm_of
@@ -38,7 +38,7 @@ def test_rows_together_are_rows_alone(name, penalty):
     decoder = LocalDecoder(model)
     assert decoder.repetition_penalty == penalty
     settings = GenerationSettings(max_new_tokens=30, repetition_penalty=penalty)
-    if not cuttable(model.llm_model):  # left to transformers, whose rows are padded
+    if not attends_only(model.llm_model):  # left to transformers, whose rows are padded
         batch = Batch(*[batch.input_ids[:1, :21]] * 3, lengths=(21,))
     answers = decoder.generate(batch, STOPS, 0, settings)
     assert answers == alone(model.llm_model, batch, settings)

@@ -13,7 +13,7 @@ from lavis.parallel.footprint import CostMode, Footprints, MicroBatch, Precision
 from tests.models.conftest import IMAGE_ID, VOCAB, model_config, tower_settings
 
 BATCH = MicroBatch(rows=3, tokens=50, images=3, supervised=40)
-PACKED = replace(BATCH, packed=True)
+PACKED = replace(BATCH, samples=2)
 DEPTH = 5
 LLM = Qwen2Config(
     vocab_size=VOCAB,
@@ -51,7 +51,7 @@ def counted(config, precision, batch):
     ids = torch.zeros(BATCH.rows, BATCH.tokens, dtype=torch.long)
     ids[:, 2:6] = IMAGE_ID
     with CostMode([*stage.parameters(), *stage.buffers()]) as costs:
-        positions = torch.arange(batch.tokens) % (25 if batch.packed else 50) + torch.zeros_like(ids)
+        positions = torch.arange(batch.tokens) % (50 // batch.samples) + torch.zeros_like(ids)
         images = torch.randn(BATCH.images, 3, 32, 32)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision.amp is not None):
             hidden = stage((ids, positions, images))
@@ -59,7 +59,8 @@ def counted(config, precision, batch):
             chosen = torch.arange(BATCH.supervised)
             loss = Scorer(stage.llm).cross_entropy(hidden.flatten(0, 1).index_select(0, chosen), chosen)
             del hidden
-        forward = costs.flops
+        # a frozen head's gradient, which comes with the loss, is of the backward pass
+        forward = costs.flops - 2 * BATCH.supervised * llm.lm_head.weight.numel() * (config.llm.train != "full")
         loss.backward()
         return held, costs.lap(), forward, costs.flops - forward
 
