@@ -24,6 +24,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lavis.models.lean import lean
+
 NAME = "within_samples"
 _LENGTH_DEPENDENT_ROPE = r"'(rope_)?type': '(longrope|\w*dynamic\w*)'"
 _GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12
@@ -78,6 +80,7 @@ def attends_only(llm: PreTrainedModel) -> bool:
 
 def prepare(llm: PreTrainedModel) -> None:
     """Let `llm` attend within samples, if it can: if its attention is one that others may take the place of."""
+    lean(llm)
     if llm.config._attn_implementation == "sdpa" and llm._supports_attention_backend and attends_only(llm):
         llm.set_attn_implementation(NAME)
 
