@@ -116,7 +116,7 @@ def media(recipe: Recipe) -> Iterator[str]:
         if recipe.model.row_format == "caption":
             arch = recipe.model.arch
             yield f"{cut} does not go with {arch}, which compares whole pictures with captions: set it to none."
-    if recipe.data.cache_features:
+    if recipe.data.cache_features is True:
         for name in random:
             yield f"data.cache_features keeps one view, but {name} crops at random: use blip2_image_eval."
 

@@ -46,7 +46,7 @@ def _init(recipe: Recipe) -> Iterator[str]:
 
 def _feature_cache(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
-    if not recipe.data.cache_features:
+    if recipe.data.cache_features is not True:
         return
     if not model.sees or model.row_format != "chat":
         yield "data.cache_features needs a model that sees and answers: set it to false."

@@ -237,12 +237,15 @@ class DataConfig:
     max_bad_image_share: float = opt(
         0.01, "stop when more than this share of images could not be read, once 100 were", at_least=0, resume="free"
     )
-    cache_features: bool = opt(
-        False,
+    cache_features: Any = opt(
+        "auto",
         "encode each image once with the frozen vision tower and keep the result (needs a frozen tower and an image"
-        " processor without anything random)",
+        " processor without anything random); auto = where that is so, the run shows each image twice or more, and the"
+        " vectors fit into cache_features_gib and half of the free disk",
+        choices=("auto", True, False),
         resume="free",
     )
+    cache_features_gib: float = opt(50, "most that `cache_features: auto` writes, GiB", at_least=0, resume="free")
 
     def sections(self) -> dict[str, list[DataEntry]]:
         """Name of a list of entries to its entries."""

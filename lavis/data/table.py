@@ -86,6 +86,11 @@ class PreparedTable:
         """Every image of the table once, absolute if there is an image folder."""
         return [self.image_path(p) for p in pa.compute.unique(_flat(self._table["images"])).to_pylist()]
 
+    @property
+    def num_images(self) -> int:
+        """Images of all samples, one as often as it is shown."""
+        return len(_flat(self._table["images"]))
+
     def image_path(self, path: str) -> str:
         """An image path of an annotation, absolute if there is an image folder."""
         return str(self.image_root / path) if self.image_root else path

@@ -207,7 +207,12 @@ class Planner:
 
     def _make_footprints(self, rows: int, recompute: bool) -> Footprints:
         batch = MicroBatch(
-            rows, self.tokens, rows * self.images, rows * self.supervised, self.row_samples, self.data.cache_features
+            rows,
+            self.tokens,
+            rows * self.images,
+            rows * self.supervised,
+            self.row_samples,
+            self.data.cache_features is True,
         )
         return Footprints(self.config.with_recomputation(recompute), self.llm_config, batch, self.precision)
 

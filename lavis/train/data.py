@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from lavis.config.recipe import Recipe
 from lavis.core.dist import World
 from lavis.core.errors import ConfigError, TrainingError
-from lavis.core.paths import resolve
+from lavis.core.paths import cache_root, resolve
 from lavis.core.registries import OBJECTIVES
 from lavis.data.assemble import Portion, media_processor, portions
 from lavis.data.feature_cache import cache_features
@@ -98,6 +99,25 @@ class RunData:
             num_workers=self.recipe.data.num_workers,
             seed=self.recipe.run.seed,
         )
+
+    def caches_features(self, steps: int) -> bool:
+        """Whether images are to be encoded once, in a run of so many steps: as the recipe says, else where it saves
+        work and there is room. The same on all ranks, which call it together.
+        """
+        wanted = self.recipe.data.cache_features
+        if wanted != "auto":
+            return bool(wanted)
+        model: Any = self.recipe.model
+        deterministic = isinstance(self.train_images, ImageFolder) and self.train_images.processor.deterministic
+        if not (steps and deterministic and model.row_format == "chat") or any(model.changing()):
+            return False
+        images = sum(len(table.image_paths()) for table in self._tables)
+        shown = sum(table.num_images for table in self.train_tables) / max(1, self.num_train_samples)
+        vectors, width = model.connector.encoded(model.tower.span(), model.tower.width())
+        size = 4 * vectors * width * sum(int(table.num_tiles.sum()) for table in self._tables)
+        room = min(self.recipe.data.cache_features_gib * 2**30, shutil.disk_usage(cache_root()).free / 2)
+        refused = 2 * images > shown * steps * self.plan.global_batch or size > room
+        return not any(self.world.max(refused))
 
     def cache_features(self, model: nn.Module, more: list[str]) -> None:
         """Replace image files by cached vectors of `model`'s frozen encoder, for training and evaluation.

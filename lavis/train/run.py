@@ -104,7 +104,7 @@ def prepare(recipe: Recipe, strategy: type[Strategy], w: World) -> Job:
     )
     learner.train()
     counts = parameter_counts(learner, ranks)
-    if recipe.data.cache_features and ranks.sees:
+    if ranks.sees and data.caches_features(span.total_steps if span else 0):
         data.cache_features(learner.image_encoder(), [p.image for p in recipe.eval.prompts if p.image])
     frozen = {key: identity(path) for key, path in frozen_files(recipe.model).items()}
     log.info("run folder %s; ready after %.1f s", opened.path, time.perf_counter() - started)

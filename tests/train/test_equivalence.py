@@ -15,7 +15,7 @@ LAYOUTS = {
     "data-parallel": (2, ["train.micro_batch_size=4"]),
     "a global batch size": (2, ["train.micro_batch_size=2", "train.global_batch_size=8"]),
     "data-parallel with accumulation": (2, ["train.micro_batch_size=1", "train.accumulation=4"]),
-    "cached features": (1, ["train.micro_batch_size=8", "run.cache_features=true"]),
+    "cached features": (1, ["train.micro_batch_size=8", "data.cache_features=true"]),
     "workers": (1, ["train.micro_batch_size=8", "run.num_workers=2"]),
 }
 ZERO = "parallel.deepspeed.zero_optimization"
@@ -43,7 +43,7 @@ LAYOUTS |= {
             "parallel.num_stages=2",
             "parallel.stage_blocks=[1,3]",
             "train.accumulation=4",
-            "run.cache_features=true",
+            "data.cache_features=true",
         ],
     ),
     "pipeline of 4": (4, [*PIPELINE, "parallel.num_stages=4", "train.accumulation=4"]),

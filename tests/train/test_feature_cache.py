@@ -1,10 +1,16 @@
+import pytest
 import torch
 
+from lavis.config.recipe import load_recipe
 from lavis.core.dist import World
 from lavis.data.feature_cache import cache_features
 from lavis.data.image import EvalImage
 from lavis.data.loader import ImageFolder
+from lavis.data.texts import Texts
+from lavis.train.data import RunData
+from lavis.train.schedules import horizon
 from tests.models.conftest import small_model
+from tests.train.world import write_recipe
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -44,3 +50,23 @@ def test_a_changed_tower_picture_or_processor_is_encoded_anew(tmp_path, monkeypa
     model.connector.ln_vision.bias.data += 1
     files.append(cache_features(model, paths, images, "eval", ALONE).file)
     assert len(set(files)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["train.max_steps=48"], True),
+        (["train.max_steps=3"], False),  # each picture is shown once at most
+        (["train.max_steps=48", "data.cache_features_gib=1e-9"], False),
+        (["train.max_steps=48", "model.tower.train=full"], False),
+        (["train.max_steps=48", "model.media.train_processor=blip2_image_train"], False),
+        (["train.max_steps=48", "data.cache_features=false"], False),
+        (["train.max_steps=3", "data.cache_features=true"], True),
+    ],
+)
+def test_auto_caches_where_it_can_and_saves_work(cache, tmp_path, monkeypatch, options, expected):
+    monkeypatch.setenv("LAVIS_CACHE", str(cache))
+    recipe = load_recipe(write_recipe(tmp_path), ["data.cache_features=auto", *options])
+    data = RunData(recipe, Texts.of(recipe), ALONE)
+    steps = horizon(recipe.optim, recipe.train, data.plan.steps_per_epoch).total_steps
+    assert data.caches_features(steps) == expected

@@ -73,7 +73,8 @@ def make_world(cache: Path) -> None:
 
 def write_recipe(folder: Path, model: dict | None = None, run: dict | None = None, data: dict | None = None) -> Path:
     """A recipe file in `folder`, with what `model` and `run` change, and `data` in place of the shapes world's."""
-    rows = {"data": data} if data else {"datasets": {"shapes_instruction": {"generate": PICTURES}}}
+    rows = {"datasets": {"shapes_instruction": {"generate": PICTURES}}} if data is None else {}
+    rows["data"] = {"cache_features": False} | (data or {})  # where it is not what is tested
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"model": MODEL | (model or {}), **rows, "run": RUN | (run or {})}))
     return path
