@@ -122,7 +122,7 @@ def write_world(folder: Path, samples: int) -> None:
 
     rows = []
     for i in rng.permutation(samples).tolist():  # lengths are the quantiles of a log-normal distribution
-        length = min(LONGEST, round(104 * math.exp(0.35 * statistics.NormalDist().inv_cdf((i + 0.5) / samples))))
+        length = min(LONGEST, round(102.5 * math.exp(0.35 * statistics.NormalDist().inv_cdf((i + 0.5) / samples))))
         picture = rng.random() >= TEXT_ONLY
         left = length - (29 + 38 * picture)  # the template's tokens, the picture's with what is around it
         row = {"system": SYSTEM, "instruction": text(left // 4), "output": text(left - left // 4)}
@@ -409,13 +409,12 @@ def memory(name: str, folder: Path) -> dict[str, float]:
         }
 
 
-def measure_memory(names: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
-    """`memory` of each."""
-    found = {}
-    for name in names:  # before this process has run a backward pass, whose threads a fork would not have
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-            found[name] = pool.submit(memory, name, folder).result()
-    return found
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in a process of its own, to be called before this one has run a backward pass: a fork
+    would not have its threads.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def spread(values: Sequence[float]) -> list[float]:
@@ -529,10 +528,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, world("cpu") as w:
         folder = Path(temporary)
         os.environ["LAVIS_CACHE"] = str(folder / "cache")
-        write_world(folder, args.samples)
+        in_child(write_world, folder, args.samples)  # what it leaves in the heap is no one's
         result: dict[str, dict[str, Any]] = {}
         if args.memory and not args.tokens:
-            result = measure_memory(names, folder)
+            result = {name: in_child(memory, name, folder) for name in names}
         if args.rounds:
             contenders = {name: CONTENDERS[name](folder, w) for name in names}
             describe(next(iter(contenders.values())).table)
