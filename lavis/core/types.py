@@ -222,13 +222,21 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The same batch on `device`."""
-        return self._mapped(lambda t: t.to(device, non_blocking=True))
+        return self._changed(lambda t: t.to(device, non_blocking=True))
 
-    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU copies from by itself; torch's loaders call this."""
+        return self._changed(lambda t: t.pin_memory())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by field."""
         import torch
 
-        changed: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **changed)
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **tensors)
 
 
 def predicting(labels: torch.Tensor) -> torch.Tensor:

@@ -187,7 +187,8 @@ def common_beginning(tables: Sequence[PreparedTable]) -> tuple[int, ...]:
 class TrainLoader:
     """The batches of `rank` in the order of `plan`, the same for any number of workers.
 
-    tables: the datasets whose lengths the plan was made of, in that order.
+    tables: the datasets whose lengths the plan was made of, in that order. pin: put batches where a GPU can
+    copy them from by itself.
     """
 
     def __init__(
@@ -199,6 +200,8 @@ class TrainLoader:
         rank: int,
         num_workers: int,
         seed: int,
+        *,
+        pin: bool = False,
     ) -> None:
         self._plan = plan
         self._order = _StepOrder(plan, rank, seed)
@@ -208,6 +211,7 @@ class TrainLoader:
             sampler=self._order,
             collate_fn=_as_is,
             num_workers=num_workers,
+            pin_memory=pin,
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers else None,
         )

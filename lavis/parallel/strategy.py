@@ -32,6 +32,7 @@ from lavis.parallel.optim import (
     set_learning_rate,
     trainable_parameters,
 )
+from lavis.parallel.prefetch import prefetched
 from lavis.parallel.results import LossSums, Results, StepResult
 
 if TYPE_CHECKING:
@@ -186,9 +187,9 @@ class DataParallel(Strategy):
         with self.clock("comm"):
             total = self.units(batches)
         sums = LossSums(self.learner.objective, total)
-        for batch in batches:
+        for batch in prefetched(batches, self.learner.ready, self.world.device):
             with self.clock("forward"), self.autocast():
-                out = self.learner(self.learner.ready(batch))
+                out = self.learner(batch)
             if out.loss_sum.requires_grad:  # not when all is frozen but the projection and there is no image
                 with self.clock("backward"):
                     self.scaler.scale(out.loss_sum / total).backward()

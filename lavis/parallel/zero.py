@@ -24,6 +24,7 @@ from lavis.parallel.optim import (
     set_learning_rate,
     trainable_parameters,
 )
+from lavis.parallel.prefetch import prefetched
 from lavis.parallel.results import LossSums, StepResult
 from lavis.parallel.strategy import Ranks, Strategy, Tensors, whole_model
 
@@ -144,9 +145,9 @@ class Zero(Strategy):
             total = self.units(batches)
         sums = LossSums(self.learner.objective, total)
         set_learning_rate(self.optimizer, rate)
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(prefetched(batches, self.learner.ready, self.world.device)):
             with self.clock("forward"), self.autocast():
-                out = self.engine.forward(self.learner.ready(batch))
+                out = self.engine.forward(batch)
             # DeepSpeed takes the mean over ranks of what each rank sums
             with self.clock("backward"):
                 self.engine.backward(out.loss_sum / total * self.world.size)

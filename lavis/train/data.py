@@ -97,6 +97,7 @@ class RunData:
             rank=self.world.rank,
             num_workers=self.recipe.data.num_workers,
             seed=self.recipe.run.seed,
+            pin=self.world.device.type == "cuda",
         )
 
     def cache_features(self, model: nn.Module, more: list[str]) -> None:
