@@ -10,6 +10,7 @@ from typing import Any
 from lavis.config.recipe import Recipe
 from lavis.core.dist import World
 from lavis.core.types import Batch
+from lavis.parallel.flops import Arithmetic
 from lavis.parallel.results import StepResult
 from lavis.parallel.strategy import Strategy
 from lavis.runs.checkpoint import TrainState, prune, save_checkpoint
@@ -29,8 +30,11 @@ class StepLog(Callback):
     be read.
     """
 
-    def __init__(self, recipe: Recipe, data: RunData, world: World, metrics: MetricsLog | None) -> None:
-        self.recipe, self.data, self.world, self.metrics = recipe, data, world, metrics
+    def __init__(
+        self, recipe: Recipe, data: RunData, world: World, arithmetic: Arithmetic, metrics: MetricsLog | None
+    ) -> None:
+        self.recipe, self.data, self.world = recipe, data, world
+        self.arithmetic, self.metrics = arithmetic, metrics
         self._own, self._all, self._seconds, self._steps = Sums(), Sums(), Sums(), 0
 
     def wants(self, number: int) -> bool:
@@ -40,7 +44,7 @@ class StepLog(Callback):
         """See Callback. Raises TrainingError for too many bad images."""
         self._steps += 1
         for batch in step.batches:
-            self._own.add(_counts(batch))
+            self._own.add(_counts(batch) | self.arithmetic.units(batch))
         self._seconds.add({"step": step.seconds, "data": step.data_seconds, **step.phases})
         if step.result is None:
             return
@@ -67,6 +71,7 @@ class StepLog(Callback):
             "padding": counts["pad"] / counts["positions"],
             **{f"{phase}_seconds": value for phase, value in seconds.items()},
             "compute_seconds": seconds["step"] - seconds["data"] - seconds.get("comm", 0.0),
+            **self.arithmetic.shares(counts, self._seconds["step"]),
             "peak_memory_gib": peak_memory_bytes(self.world.device) / 2**30,
         }
 
@@ -89,7 +94,6 @@ def _counts(batch: Batch) -> dict[str, float]:
     images = batch.pixel_values if batch.features is None else batch.features
     return {
         "samples": batch.num_samples,
-        "supervised": batch.supervised_tokens,
         "positions": batch.input_ids.numel(),
         "pad": batch.num_pad,
         "images": 0 if images is None else len(images),
