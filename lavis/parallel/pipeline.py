@@ -56,7 +56,7 @@ class Pipeline(Strategy):
         with self.world.local_main_first():
             build_operators()
         self.replicas, self.stage = ranks.data, learner.model
-        self.optimizer = build_optimizer(self.stage, self.recipe.optim)
+        self.optimizer = build_optimizer(self.stage, self.recipe.optim, fused=ranks.world.device.type == "cuda")
         self.engine = _engine(self.stage, self.optimizer, self.autocast, self._loss, self.recipe, accumulation)
         # The engine clips by the norm of its own stage, and updates in the same call that runs the micro-batches. The
         # only place between the two is the optimiser's hook.

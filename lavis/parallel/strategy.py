@@ -166,7 +166,7 @@ class DataParallel(Strategy):
 
     def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
         super().__init__(learner, recipe, ranks, accumulation)
-        self.optimizer = build_optimizer(learner.model, self.recipe.optim)
+        self.optimizer = build_optimizer(learner.model, self.recipe.optim, fused=ranks.world.device.type == "cuda")
         self.parameters = list(trainable_parameters(learner.model).values())
 
     @classmethod
