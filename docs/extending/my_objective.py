@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lavis.extend import IGNORE_INDEX, OBJECTIVES, Batch, LossOutput, Objective, ObjectiveConfig, Scorer, opt
+from lavis.extend import OBJECTIVES, Batch, LossOutput, Objective, ObjectiveConfig, Scorer, opt
 
 
 @dataclass
@@ -38,8 +38,6 @@ class Focal(Objective):
 
     def loss(self, scorer: Scorer, hidden: torch.Tensor, batch: Batch) -> LossOutput:
         """Sums over the batch. The hidden state at a position says what the next token is."""
-        targets = batch.labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        logprobs = scorer.logprobs(hidden[:, :-1][supervised], targets[supervised])
+        logprobs = scorer.logprobs(*batch.supervised(hidden))
         loss = -((1 - logprobs.exp()) ** self.gamma * logprobs).sum()
         return LossOutput(loss, self.units(batch), {"cross_entropy": -logprobs.detach().sum()})

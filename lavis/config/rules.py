@@ -84,6 +84,11 @@ def _deepspeed(recipe: Recipe) -> Iterator[str]:
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
     if stage not in (0, 1, 2, 3):
         yield f"{key} is {stage!r}: it is 0, 1, 2 or 3."
+    if stage in (1, 2, 3) and recipe.optim.name != "adamw":
+        yield (
+            f"optim.name {recipe.optim.name} does not go with ZeRO-{stage}, whose ranks each have a part of AdamW's"
+            f" state: set it to adamw, or {key}=0."
+        )
     quantization = getattr(getattr(recipe.model, "llm", None), "quantization", None)
     if stage == 3 and quantization:
         yield (

@@ -30,7 +30,12 @@ class ObjectiveConfig:
 class OptimConfig:
     """The optimiser, and the learning rate over time."""
 
-    name: str = opt("adamw", "optimiser", choices=("adamw",))
+    name: str = opt(
+        "adamw",
+        "adamw; adamw_8bit: with 8-bit moments, of bitsandbytes; lion: wants a third of AdamW's lr and beta2 0.99;"
+        " muon: for matrices, at AdamW's lr, and AdamW for the rest",
+        registry="optimizer",
+    )
     lr: float = opt(1e-4, "peak learning rate", at_least=0)
     min_lr: float = opt(1e-6, "learning rate at the end of the decay", at_least=0)
     schedule: str = opt("linear_warmup_cosine_lr_step-wise", "learning-rate schedule", registry="lr_schedule")
@@ -39,9 +44,9 @@ class OptimConfig:
     warmup_ratio: Optional[float] = opt(None, "warm-up as a share of all steps; overrides warmup_steps", at_least=0)
     lr_decay_rate: Optional[float] = opt(None, "factor per epoch of linear_warmup_step_lr", at_least=0)
     layer_decay: float = opt(1.0, "factor per layer, from the top of the vision tower down", at_least=0)
-    weight_decay: float = opt(0.05, "AdamW weight decay; not on 1-D tensors", at_least=0)
-    beta1: float = opt(0.9, "AdamW beta1", at_least=0)
-    beta2: float = opt(0.999, "AdamW beta2", at_least=0)
+    weight_decay: float = opt(0.05, "weight decay, times lr; not on 1-D tensors", at_least=0)
+    beta1: float = opt(0.9, "beta1 of AdamW and Lion", at_least=0)
+    beta2: float = opt(0.999, "beta2 of AdamW and Lion", at_least=0)
     eps: float = opt(1e-8, "AdamW epsilon", at_least=0)
     max_grad_norm: Optional[float] = opt(1.0, "largest norm of the gradient; null does not clip", at_least=0)
 

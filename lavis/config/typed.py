@@ -23,6 +23,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "media_format": registries.MEDIA_FORMATS,
     "lr_schedule": registries.LR_SCHEDULES,
     "metric": registries.METRICS,
+    "optimizer": registries.OPTIMIZERS,
 }
 """What the `registry` of a schema field refers to."""
 

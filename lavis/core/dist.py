@@ -33,6 +33,17 @@ class World:
         """Whether this rank writes logs and files."""
         return self.rank == 0 if self.leads is None else self.leads
 
+    @property
+    def exact(self) -> torch.dtype:
+        """The type in which sums over ranks are made."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, which is this rank's own, summed over ranks in place. No one waits for it: nothing is read."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
     def sum(self, *values: float) -> list[float]:
         """Element-wise sum over ranks, in fp64."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -44,8 +55,7 @@ class World:
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return list(values)
-        kind = torch.float32 if self.device.type == "mps" else torch.float64
-        tensor = torch.tensor(values, dtype=kind, device=self.device)
+        tensor = torch.tensor(values, dtype=self.exact, device=self.device)
         dist.all_reduce(tensor, op, group=self.group)
         return tensor.tolist()
 

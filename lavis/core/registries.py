@@ -100,6 +100,9 @@ STRATEGIES: Registry[Any] = Registry(
         "pipeline": "lavis.parallel.pipeline",
     },
 )
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimiser", lazy=dict.fromkeys(["adamw", "adamw_8bit", "lion", "muon"], "lavis.parallel.optimizers")
+)
 METRICS: Registry[Any] = Registry("metric", lazy={"accuracy": "lavis.eval.metrics"})
 LR_SCHEDULES: Registry[Any] = Registry(
     "learning-rate schedule",

@@ -188,6 +188,9 @@ class Batch:
     bad_images: how many pictures were replaced because they could not be read.
     runs: for each row, lengths of the pieces that do not see each other, without padding; empty: as positions say.
     beginning: token ids that every piece begins with, before any picture; empty: none that are known.
+    predicting: int64 [supervised_tokens], the positions whose next token is supervised; placeholders: int64 [n], those
+        that pictures fill. Both count through [B * L], and are known here so that no one has to look for them in what
+        lies on a GPU, which would wait for all that it has still to do. None: not told.
     """
 
     input_ids: torch.Tensor
@@ -202,23 +205,42 @@ class Batch:
     bad_images: int = 0
     runs: tuple[tuple[int, ...], ...] = ()
     beginning: tuple[int, ...] = ()
+    predicting: torch.Tensor | None = None
+    placeholders: torch.Tensor | None = None
 
     @property
     def num_pad(self) -> int:
         """Positions that are padding."""
         return self.input_ids.numel() - sum(self.lengths)
 
+    def supervised(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(vectors, token ids) of the positions that are learned: what `hidden` [B, L, D] says of the next token, and
+        which that is.
+        """
+        at = predicting(self.labels) if self.predicting is None else self.predicting
+        return hidden.flatten(0, 1).index_select(0, at), self.labels.flatten().index_select(0, at + 1)
+
     def to(self, device: Any) -> Batch:
         """The same batch on `device`."""
+        return self._changed(lambda t: t.to(device, non_blocking=True))
 
-        def move(t: torch.Tensor) -> torch.Tensor:
-            return t.to(device, non_blocking=True)
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU copies from by itself; torch's loaders call this."""
+        return self._changed(lambda t: t.pin_memory())
 
-        return replace(
-            self,
-            input_ids=move(self.input_ids),
-            labels=move(self.labels),
-            position_ids=move(self.position_ids),
-            pixel_values=None if self.pixel_values is None else move(self.pixel_values),
-            features=None if self.features is None else move(self.features),
-        )
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by field."""
+        import torch
+
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **tensors)
+
+
+def predicting(labels: torch.Tensor) -> torch.Tensor:
+    """See Batch; labels: int64 [B, L]."""
+    supervised = labels != IGNORE_INDEX
+    supervised[:, 0] = False  # nothing before it says what it is
+    return supervised.flatten().nonzero().squeeze(1) - 1

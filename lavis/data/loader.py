@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lavis.core.types import IGNORE_INDEX, Batch, Sample
+from lavis.core.types import IGNORE_INDEX, Batch, Sample, predicting
 from lavis.data.image import UNREADABLE, EvalImage, upright_size
 from lavis.data.sampler import Row, StepPlan
 from lavis.data.table import PreparedTable
@@ -129,6 +129,7 @@ def collate(
     labels = torch.full(shape, IGNORE_INDEX)
     position_ids = torch.zeros(shape, dtype=torch.long)
     pieces: list[tuple[int, ...]] = []
+    placeholders: list[int] = []
     for i, (row, length) in enumerate(zip(samples, lengths, strict=True)):
         input_ids[i, :length] = torch.tensor([t for s in row for t in s.input_ids])
         labels[i, :length] = torch.tensor([t for s in row for t in s.labels])
@@ -141,16 +142,22 @@ def collate(
         else:
             runs[-1] += width - length
         position_ids[i] = torch.cat([torch.arange(n) for n in runs])
+        begins = itertools.accumulate(map(len, row), initial=i * width)
+        spans = [(begin + span.start, span.length) for begin, s in zip(begins, row, strict=False) for span in s.media]
+        placeholders += [at for start, length in spans for at in range(start, start + length)]
+    where = predicting(labels)
     return Batch(
         input_ids=input_ids,
         labels=labels,
         position_ids=position_ids,
-        supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+        supervised_tokens=len(where),
         num_samples=sum(map(len, samples)),
         lengths=tuple(lengths),
         bad_images=bad_images,
         runs=tuple(pieces),
         beginning=beginning if all(_begins(s, beginning) for row in samples for s in row) else (),
+        predicting=where,
+        placeholders=torch.tensor(placeholders, dtype=torch.long),
         **images,
     )
 
@@ -180,7 +187,8 @@ def common_beginning(tables: Sequence[PreparedTable]) -> tuple[int, ...]:
 class TrainLoader:
     """The batches of `rank` in the order of `plan`, the same for any number of workers.
 
-    tables: the datasets whose lengths the plan was made of, in that order.
+    tables: the datasets whose lengths the plan was made of, in that order. pin: put batches where a GPU can
+    copy them from by itself.
     """
 
     def __init__(
@@ -192,6 +200,8 @@ class TrainLoader:
         rank: int,
         num_workers: int,
         seed: int,
+        *,
+        pin: bool = False,
     ) -> None:
         self._plan = plan
         self._order = _StepOrder(plan, rank, seed)
@@ -201,6 +211,7 @@ class TrainLoader:
             sampler=self._order,
             collate_fn=_as_is,
             num_workers=num_workers,
+            pin_memory=pin,
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers else None,
         )

@@ -215,7 +215,8 @@ def _interleaved(prefix: torch.Tensor, own: torch.Tensor, lengths: Sequence[int]
 @functools.lru_cache(maxsize=64)  # the layers of a step ask for the same
 def _borders(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # validation may ask first, and training cannot save its tensors
-        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return borders.to(device, non_blocking=True)  # made there, it would be waited for
 
 
 def _band(length: int, total: int, window: int, device: torch.device) -> torch.Tensor:

@@ -238,11 +238,14 @@ class Vlm(Composition):
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D]: the LLM's own, with each placeholder replaced by an image's vector."""
-        return self.embed_parts(batch.input_ids, batch.pixel_values if batch.features is None else batch.features)
+        images = batch.pixel_values if batch.features is None else batch.features
+        return self.embed_parts(batch.input_ids, images, batch.placeholders)
 
-    def embed_parts(self, input_ids: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+    def embed_parts(
+        self, input_ids: torch.Tensor, images: torch.Tensor | None, where: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As `embed`; images: pixel_values [N, 3, S, S] or features [N, Q, D_enc] of the ids' placeholders, in reading
-        order.
+        order. where: the placeholders among all B * L positions; they are looked for if it is not given.
         """
         table: Any = self.llm_model.get_input_embeddings()
         ids = input_ids.to(table.weight.device)
@@ -255,9 +258,11 @@ class Vlm(Composition):
             return embeds
         encoded = self.encode_images(images) if images.ndim == 4 else images
         vectors = self._recomputed(self.connector.project, encoded)
-        # masked_scatter would take what it needs of any vectors, and put one picture's in the places of another
+        # else one picture's vectors could stand in the places of another
         _check_vectors("connector", self.config.connector, vectors, (self._span, embeds.shape[-1]))
-        return embeds.masked_scatter(places.unsqueeze(-1), vectors.to(embeds))
+        at = places.flatten().nonzero().squeeze(1) if where is None else where.to(embeds.device)
+        # a filler has vectors and no place
+        return embeds.flatten(0, 1).index_copy(0, at, vectors.flatten(0, 1)[: len(at)].to(embeds)).view_as(embeds)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The LLM's last hidden states [B, L, D], behind its final norm."""

@@ -58,9 +58,15 @@ def matching(scorer: Blip2QFormer, ids: torch.Tensor, tokens: torch.Tensor, simi
         return similarity.sum() * 0.0
     with torch.no_grad():
         weights = similarity.float().clone().fill_diagonal_(-torch.inf)
-        hard_text = torch.multinomial(F.softmax(weights, 1), 1).squeeze(1)
-        hard_image = torch.multinomial(F.softmax(weights.T, 1), 1).squeeze(1)
+        hard_text, hard_image = drawn(F.softmax(weights, 1)), drawn(F.softmax(weights.T, 1))
     logits = scorer.match_logits(torch.cat([ids, ids[hard_text], ids]), torch.cat([tokens, tokens, tokens[hard_image]]))
     targets = torch.zeros(3 * rows, dtype=torch.long, device=ids.device)
     targets[:rows] = 1
     return F.cross_entropy(logits, targets)
+
+
+def drawn(probabilities: torch.Tensor) -> torch.Tensor:
+    """An index by each row's probabilities: what torch.multinomial draws, without its look at the values, for which a
+    GPU would have to be waited for.
+    """
+    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(1)

@@ -6,7 +6,7 @@ import torch
 
 from lavis.core.output import LossOutput
 from lavis.core.registries import OBJECTIVES
-from lavis.core.types import IGNORE_INDEX, Batch
+from lavis.core.types import Batch
 from lavis.models.scoring import Scorer
 from lavis.objectives.base import Objective
 
@@ -26,6 +26,4 @@ class NextToken(Objective):
 
     def loss(self, scorer: Scorer, hidden: torch.Tensor, batch: Batch) -> LossOutput:
         """See Objective. Logits exist at supervised positions only."""
-        targets = batch.labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        return LossOutput(scorer.cross_entropy(hidden[:, :-1][supervised], targets[supervised]), self.units(batch))
+        return LossOutput(scorer.cross_entropy(*batch.supervised(hidden)), self.units(batch))

@@ -226,7 +226,8 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
         images = _images(config, batch) if part.is_first else None  # alive until the loss is there
         with autocast:
             if part.is_first:
-                embeds = stage.front.embed_parts(torch.zeros_like(positions), images)
+                places = torch.zeros(batch.images * config.tokens_per_tile, dtype=torch.long)
+                embeds = stage.front.embed_parts(torch.zeros_like(positions), images, places)
             else:
                 width = stage.llm.config.get_text_config().hidden_size
                 crossing = torch.float32 if config.llm.train == "full" else precision.frozen_llm

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,8 +27,9 @@ from lavis.objectives.learner import Learner
 from lavis.parallel.deepspeed_setup import build_operators, require_deepspeed
 from lavis.parallel.layout import Layout
 from lavis.parallel.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from lavis.parallel.results import LossSums, StepResult
 from lavis.parallel.staged import Autocast, StagedLearner
-from lavis.parallel.strategy import LossSums, Ranks, StepResult, Strategy, Tensors
+from lavis.parallel.strategy import Ranks, Strategy, Tensors
 from lavis.parallel.zero import engine_config
 from lavis.tokens.template import image_token_id
 
@@ -57,14 +56,15 @@ class Pipeline(Strategy):
         with self.world.local_main_first():
             build_operators()
         self.replicas, self.stage = ranks.data, learner.model
-        self.optimizer = build_optimizer(self.stage, self.recipe.optim)
+        self.optimizer = build_optimizer(self.stage, self.recipe.optim, fused=ranks.world.device.type == "cuda")
         self.engine = _engine(self.stage, self.optimizer, self.autocast, self._loss, self.recipe, accumulation)
         # The engine clips by the norm of its own stage, and updates in the same call that runs the micro-batches. The
         # only place between the two is the optimiser's hook.
         self.optimizer.register_step_pre_hook(self._before_update)
         self.batches: list[Batch] = []
-        self.sums, self.total, self.number = LossSums(learner.objective, 1.0), 1.0, 0
-        self.result = StepResult(math.nan, math.nan, 0.0)
+        self.total: float | torch.Tensor = 1.0
+        self.sums, self.number, self.report = LossSums(learner.objective, 1.0), 0, True
+        self.result: StepResult | None = None
 
     @classmethod
     def require(cls, recipe: Recipe) -> None:
@@ -118,9 +118,11 @@ class Pipeline(Strategy):
             stage.front.suit(device)
         return StagedLearner(stage.to(device), objective, ranks)
 
-    def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
+    def step(self, batches: list[Batch], rate: float, number: int, *, report: bool = True) -> StepResult | None:
         """See Strategy. The error comes before anything is saved."""
-        self.batches, self.number, self.total = batches, number, self.units(batches)
+        self.batches, self.number, self.report = batches, number, report
+        with self.clock("comm"):
+            self.total = self.units(batches)
         self.sums = LossSums(self.learner.objective, self.total)
         set_learning_rate(self.optimizer, rate)
         self.engine.train_batch(map(self._micro_batch, range(len(batches))))
@@ -160,19 +162,17 @@ class Pipeline(Strategy):
 
     def _before_update(self, *_: object) -> None:
         """The optimiser's hook: all gradients are summed, nothing is updated yet."""
-        started = time.perf_counter()
         own = [p.grad for _, p in self._trained() if p.grad is not None]
-        square = torch.nn.utils.get_total_norm(own).item() ** 2 if own else 0.0
-        loss, parts = self.sums.over(self.world)
-        (square,) = self.world.sum(square)
-        norm = math.sqrt(square / self.replicas.size) if square >= 0 else math.nan
-        self.check_finite(self.number, loss, norm)
+        square = torch.zeros((), dtype=self.world.exact, device=self.world.device)
+        if own:
+            square += torch.nn.utils.get_total_norm(own).to(square.dtype) ** 2
+        with self.clock("comm"):
+            norm = (self.world.total(square) / self.replicas.size).sqrt()
+        self.results.add(self.number, self.sums, norm)
+        self.result = self.reported(self.report)
         limit = self.recipe.optim.max_grad_norm
         if limit is not None and own:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for _, p in self._trained()], limit, torch.tensor(norm, device=own[0].device)
-            )
-        self.result = StepResult(loss, norm, time.perf_counter() - started, parts)
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in self._trained()], limit, norm.float())
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.learner.tensors().items() if p.requires_grad]

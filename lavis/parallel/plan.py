@@ -49,6 +49,8 @@ CUDA_BYTES = 0.8 * 2**30
 """
 FREE_SHARE = 0.03
 """Share of the memory that a plan leaves unused."""
+_MOMENTS = {"adamw_8bit": 0.5, "lion": 1, "muon": 1}
+"""Size of an optimiser's state relative to what is trained in fp32, where it isn't AdamW's 2."""
 _MOST_TOKENS = 8192
 """Micro-batches beyond this many tokens make nothing faster."""
 
@@ -78,10 +80,11 @@ class Machine:
         """The hardware we run on; a CPU's arithmetic is measured, which takes a moment."""
         if device.type == "cuda":
             return cls("cuda", torch.cuda.get_device_properties(device).total_memory, None)
-        return cls("cpu", psutil.virtual_memory().total, _matmul_rate(), 2e9, psutil.Process().memory_info().rss)
+        return cls("cpu", psutil.virtual_memory().total, matmul_rate(), 2e9, psutil.Process().memory_info().rss)
 
 
-def _matmul_rate(side: int = 1024) -> float:
+def matmul_rate(side: int = 1024) -> float:
+    """FLOP/s of this process's CPU threads in fp32, measured."""
     a, b = torch.ones(side, side), torch.ones(side, side)
     best = float("inf")
     for _ in range(5):
@@ -257,8 +260,10 @@ class Planner:
         # fp32 whatever is frozen beside it. One forward, one backward: a stage has as many micro-batches between the
         # two as there are stages behind it, itself included.
         trained, in_flight = 4 * f.trained, min(layout.stages - stage, micro_batches)
-        # two moments, and in the update temporaries of the size of all that is trained: on a GPU AdamW is "foreach"
-        weights, optimizer, gradients, update = f.weight_bytes, 2 * trained, trained, trained
+        # In the update temporaries of the size of all that is trained, as "foreach" AdamW has them on a GPU under ZeRO;
+        # elsewhere it is fused and takes none, which is not relied on.
+        weights, gradients, update = f.weight_bytes, trained, trained
+        optimizer = _MOMENTS.get(self.recipe.optim.name, 2) * trained
         if cpu:  # AdamW goes through the parameters one by one
             update = min(2 * 4 * f.largest_trained, trained)
         extra = 0.0

@@ -6,11 +6,9 @@ The loop calls a strategy; models know nothing of it.
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,12 +18,12 @@ from torch import nn
 from lavis.config.init import inits
 from lavis.config.recipe import Recipe
 from lavis.core.dist import World
-from lavis.core.errors import CheckpointError, TrainingError
-from lavis.core.output import LossOutput
+from lavis.core.errors import CheckpointError
 from lavis.core.registries import MODELS, STRATEGIES
 from lavis.core.types import Batch
 from lavis.objectives.base import Objective
 from lavis.objectives.learner import Learner
+from lavis.parallel.clock import Clock
 from lavis.parallel.layout import BUCKET_BYTES, Layout
 from lavis.parallel.optim import (
     build_optimizer,
@@ -34,6 +32,8 @@ from lavis.parallel.optim import (
     set_learning_rate,
     trainable_parameters,
 )
+from lavis.parallel.prefetch import prefetched
+from lavis.parallel.results import LossSums, Results, StepResult
 
 if TYPE_CHECKING:
     from lavis.parallel.plan import Planner
@@ -60,21 +60,11 @@ class Ranks:
         return self.stage == 0
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimiser step did, over all ranks."""
-
-    loss: float
-    grad_norm: float
-    comm_seconds: float
-    parts: dict[str, float] = field(default_factory=dict)
-
-
 class Strategy(ABC):
     """How a model lies on ranks and is trained there; the class methods are asked before there is one to train.
 
     learner: what is trained, and validated and asked meanwhile. accumulation: micro-batches of an optimiser step on
-    each rank. scaler: fp16's loss scaling (disabled otherwise).
+    each rank. scaler: fp16's loss scaling (disabled otherwise). results: of its steps. clock: of their phases.
     """
 
     grouped: ClassVar[bool] = False
@@ -90,6 +80,10 @@ class Strategy(ABC):
             init_scale=self.recipe.train.loss_scale or 2.0**16,
             growth_interval=2000 if self.recipe.train.loss_scale is None else 2**31 - 1,
         )
+        self.results = Results(ranks.world, learner.objective.parts, scaled=self.scaler.is_enabled())
+        self.clock = Clock(ranks.world.device)
+        self.waits = ranks.world.device.type == "cpu"
+        """Whether every step is looked at when it is done. Elsewhere the device would stand still meanwhile."""
 
     @classmethod
     def require(cls, recipe: Recipe) -> None:
@@ -121,8 +115,16 @@ class Strategy(ABC):
         return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.world.device.type, self.dtype)
 
     @abstractmethod
-    def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
-        """Forward, backward and update. Raises TrainingError on all ranks when loss or gradient is not finite."""
+    def step(self, batches: list[Batch], rate: float, number: int, *, report: bool = True) -> StepResult | None:
+        """Forward, backward and update.
+
+        report: whether what the step came to is to be known; it always is where the strategy `waits`. Raises
+        TrainingError on all ranks when loss or gradient is not finite, of this step or one since the last report.
+        """
+
+    def reported(self, report: bool) -> StepResult | None:
+        """What `step` returns, once `results` has the step."""
+        return self.results.latest() if report or self.waits else None
 
     @abstractmethod
     def trained_tensors(self) -> Tensors:
@@ -136,18 +138,12 @@ class Strategy(ABC):
     def load_state_tensors(self, tensors: Tensors) -> None:
         """Restore what `state_tensors` gave."""
 
-    def units(self, batches: Iterable[Batch]) -> float:
-        """Of the whole global step."""
-        (total,) = self.ranks.data.sum(sum(self.learner.objective.units(b) for b in batches))
-        return total
-
-    def check_finite(self, number: int, loss: float, norm: float) -> None:
-        """Raise TrainingError for a loss that is not finite, or a gradient that fp16's loss scaling does not handle."""
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            raise TrainingError(
-                f"step {number}: the loss is {loss} and the gradient norm {norm}; nothing was saved. "
-                "Lower optim.lr, or look at the data of this step; the last checkpoint is intact."
-            )
+    def units(self, batches: Iterable[Batch]) -> float | torch.Tensor:
+        """Of the whole global step; of several ranks as a tensor that no one waits for."""
+        own, data = sum(self.learner.objective.units(b) for b in batches), self.ranks.data
+        if data.size == 1:
+            return own
+        return data.total(torch.full((), own, dtype=data.exact, device=data.device)).float()
 
 
 def mixed_precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
@@ -170,7 +166,7 @@ class DataParallel(Strategy):
 
     def __init__(self, learner: Learner, recipe: Recipe, ranks: Ranks, accumulation: int) -> None:
         super().__init__(learner, recipe, ranks, accumulation)
-        self.optimizer = build_optimizer(learner.model, self.recipe.optim)
+        self.optimizer = build_optimizer(learner.model, self.recipe.optim, fused=ranks.world.device.type == "cuda")
         self.parameters = list(trainable_parameters(learner.model).values())
 
     @classmethod
@@ -185,36 +181,36 @@ class DataParallel(Strategy):
         model = whole_model(recipe, tokenizer, ranks.world.device).to(ranks.world.device)
         return Learner(model, objective, ranks.data)
 
-    def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
-        """See Strategy. The error comes before the update."""
+    def step(self, batches: list[Batch], rate: float, number: int, *, report: bool = True) -> StepResult | None:
+        """See Strategy. The error comes before the update of a step that is reported."""
         self.optimizer.zero_grad(set_to_none=True)
-        started = time.perf_counter()
-        total = self.units(batches)
-        comm = time.perf_counter() - started
+        with self.clock("comm"):
+            total = self.units(batches)
         sums = LossSums(self.learner.objective, total)
-        for batch in batches:
-            with self.autocast():
-                out = self.learner(self.learner.ready(batch))
+        for batch in prefetched(batches, self.learner.ready, self.world.device):
+            with self.clock("forward"), self.autocast():
+                out = self.learner(batch)
             if out.loss_sum.requires_grad:  # not when all is frozen but the projection and there is no image
-                self.scaler.scale(out.loss_sum / total).backward()
+                with self.clock("backward"):
+                    self.scaler.scale(out.loss_sum / total).backward()
             sums.add(out)
-        started = time.perf_counter()
-        self._sum_gradients()
-        loss, parts = sums.over(self.world)
-        comm += time.perf_counter() - started
-        return StepResult(loss, self._update(loss, rate, number), comm, parts)
+        with self.clock("comm"):
+            self._sum_gradients()
+        with self.clock("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.results.add(number, sums, norm)
+        result = self.reported(report)
+        with self.clock("optimizer"):
+            self._update(norm, rate)
+        return result
 
-    def _update(self, loss: float, rate: float, number: int) -> float:
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        value = norm.item()
-        self.check_finite(number, loss, value)
-        if self.recipe.optim.max_grad_norm is not None and math.isfinite(value):
+    def _update(self, norm: torch.Tensor, rate: float) -> None:
+        if self.recipe.optim.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optim.max_grad_norm, norm)
         set_learning_rate(self.optimizer, rate)
         self.scaler.step(self.optimizer)  # under fp16, skips a step whose gradient overflowed
         self.scaler.update()
-        return value
 
     def _sum_gradients(self) -> None:
         bucket: list[torch.Tensor] = []
@@ -245,24 +241,6 @@ def whole_model(recipe: Recipe, tokenizer: Any, device: torch.device) -> nn.Modu
     """The recipe's model on the CPU, its weights loaded, frozen parts in the precision that suits `device`."""
     init = {"init": inits(recipe.init)} if recipe.init else {}
     return MODELS.get(recipe.model.arch).from_config(recipe.model, tokenizer, device=device, **init)
-
-
-class LossSums:
-    """Losses of a step's micro-batches, divided by `total` units and summed; tensors until they are asked for."""
-
-    def __init__(self, objective: Objective, total: float) -> None:
-        self._names, self._total = ("loss", *objective.parts), total
-        self._sums: dict[str, torch.Tensor | float] = dict.fromkeys(self._names, 0.0)
-
-    def add(self, out: LossOutput) -> None:
-        """Count a micro-batch in."""
-        for name, value in {"loss": out.loss_sum.detach(), **out.parts}.items():
-            self._sums[name] = self._sums[name] + value / self._total
-
-    def over(self, world: World) -> tuple[float, dict[str, float]]:
-        """(loss, parts) summed over the ranks of `world`, which call this together."""
-        means = dict(zip(self._names, world.sum(*(float(v) for v in self._sums.values())), strict=True))
-        return means.pop("loss"), means
 
 
 def _all_reduce_flat(tensors: list[torch.Tensor]) -> None:

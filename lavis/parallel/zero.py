@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,9 @@ from lavis.parallel.optim import (
     set_learning_rate,
     trainable_parameters,
 )
-from lavis.parallel.strategy import LossSums, Ranks, StepResult, Strategy, Tensors, whole_model
+from lavis.parallel.prefetch import prefetched
+from lavis.parallel.results import LossSums, StepResult
+from lavis.parallel.strategy import Ranks, Strategy, Tensors, whole_model
 
 if TYPE_CHECKING:
     from lavis.parallel.plan import Planner
@@ -138,36 +139,33 @@ class Zero(Strategy):
             p.data = p.data.to(device)
         return Learner(model, objective, ranks.data)
 
-    def step(self, batches: list[Batch], rate: float, number: int) -> StepResult:
+    def step(self, batches: list[Batch], rate: float, number: int, *, report: bool = True) -> StepResult | None:
         """See Strategy. The error comes before anything is saved."""
-        started = time.perf_counter()
-        total = self.units(batches)
-        comm = time.perf_counter() - started
+        with self.clock("comm"):
+            total = self.units(batches)
         sums = LossSums(self.learner.objective, total)
         set_learning_rate(self.optimizer, rate)
-        norm = 0.0
-        for i, batch in enumerate(batches):
-            with self.autocast():
-                out = self.engine.forward(self.learner.ready(batch))
+        for i, batch in enumerate(prefetched(batches, self.learner.ready, self.world.device)):
+            with self.clock("forward"), self.autocast():
+                out = self.engine.forward(batch)
             # DeepSpeed takes the mean over ranks of what each rank sums
-            self.engine.backward(out.loss_sum / total * self.world.size)
+            with self.clock("backward"):
+                self.engine.backward(out.loss_sum / total * self.world.size)
             sums.add(out)
             # the engine of stage 0 does not say its norm, and the last step() takes the gradients away
             if self.stage == 0 and i == len(batches) - 1:
                 norm = self._whole_norm()
-            self.engine.step()
-        started = time.perf_counter()
-        loss, parts = sums.over(self.world)
-        comm += time.perf_counter() - started
+            with self.clock("optimizer"):
+                self.engine.step()
         if self.stage:
             norm = self.engine.norm()
-        self.check_finite(number, loss, norm)
-        return StepResult(loss, norm, comm, parts)
+        self.results.add(number, sums, norm)
+        return self.reported(report)
 
-    def _whole_norm(self) -> float:
+    def _whole_norm(self) -> torch.Tensor:
         grads = [p.grad for p in self.named.values() if p.grad is not None]
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        return torch.nn.utils.get_total_norm(grads).item() / scale
+        return torch.nn.utils.get_total_norm(grads) / scale
 
     def trained_tensors(self) -> Tensors:
         """See Strategy; put together from the parts of all ranks."""

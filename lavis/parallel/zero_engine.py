@@ -103,9 +103,9 @@ class ZeroEngine:
         """Behind each backward: an update, if it was the last micro-batch."""
         self._engine.step()
 
-    def norm(self) -> float:
+    def norm(self) -> torch.Tensor:
         """Of the whole gradient of the last update, before it was clipped. Not under stage 0."""
-        return float(self._engine.get_global_grad_norm())
+        return torch.as_tensor(self._engine.get_global_grad_norm())
 
     def whole(self, p: nn.Parameter, slot: str | None = None) -> torch.Tensor:
         """A parameter, or one of its optimiser's tensors, put together from the parts of all ranks. Stage 1 to 3."""

@@ -119,6 +119,8 @@ class MetricsLog:
             f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  "
             f"{values['samples_per_s']:.1f} samples/s  {values['tokens_per_s']:.0f} tok/s"
         )
+        if "mfu" in values:
+            text += f"  mfu {values['mfu']:.0%}"
         if self.progress:
             self.progress.update(self.bar, completed=step, description=text)
         else:

@@ -10,6 +10,8 @@ from typing import Any
 from lavis.config.recipe import Recipe
 from lavis.core.dist import World
 from lavis.core.types import Batch
+from lavis.parallel.flops import Arithmetic
+from lavis.parallel.results import StepResult
 from lavis.parallel.strategy import Strategy
 from lavis.runs.checkpoint import TrainState, prune, save_checkpoint
 from lavis.runs.metrics import MetricsLog, peak_memory_bytes
@@ -24,47 +26,79 @@ Write = Callable[[str, int, Mapping[str, Any]], None]
 
 
 class StepLog(Callback):
-    """Counts what a step was made of, writes its line, and stops a run whose images can't be read."""
+    """Counts what steps were made of, writes lines about those since the last one, and stops a run whose images can't
+    be read.
+    """
 
-    def __init__(self, recipe: Recipe, data: RunData, world: World, metrics: MetricsLog | None) -> None:
-        self.recipe, self.data, self.world, self.metrics = recipe, data, world, metrics
+    def __init__(
+        self, recipe: Recipe, data: RunData, world: World, arithmetic: Arithmetic, metrics: MetricsLog | None
+    ) -> None:
+        self.recipe, self.data, self.world = recipe, data, world
+        self.arithmetic, self.metrics = arithmetic, metrics
+        self._own, self._all, self._seconds, self._steps = Sums(), Sums(), Sums(), 0
+
+    def wants(self, number: int) -> bool:
+        return number % self.recipe.log.every == 0
 
     def on_step(self, step: Step) -> None:
         """See Callback. Raises TrainingError for too many bad images."""
-        batches = step.batches
-        samples, supervised, positions, pad, images, bad = self.data.world.sum(
-            sum(b.num_samples for b in batches),
-            sum(b.supervised_tokens for b in batches),
-            sum(b.input_ids.numel() for b in batches),
-            sum(b.num_pad for b in batches),
-            sum(_images_in(b) for b in batches),
-            sum(b.bad_images for b in batches),
-        )
-        self.data.count_images(step.number, images, bad)
-        if not self.metrics or (step.number % self.recipe.log.every and not step.last):
+        self._steps += 1
+        for batch in step.batches:
+            self._own.add(_counts(batch) | self.arithmetic.units(batch))
+        self._seconds.add({"step": step.seconds, "data": step.data_seconds, **step.phases})
+        if step.result is None:
             return
-        values = {
+        counts = self._own.over(self.data.world)
+        self._all.add(counts)
+        self.data.count_images(step.number, counts["images"], counts["bad_images"])
+        if step.last or self.wants(step.number):
+            if self.metrics:
+                self.metrics.train_line(step.number, self._values(step, step.result))
+            self._all, self._seconds, self._steps = Sums(), Sums(), 0
+
+    def _values(self, step: Step, result: StepResult) -> dict[str, float]:
+        counts = self._all
+        seconds = {name: value / self._steps for name, value in self._seconds.items()}
+        return {
             "epoch": step.epoch,
-            "loss": step.result.loss,
-            **step.result.parts,
+            "loss": result.loss,
+            **result.parts,
             "lr": step.rate,
-            "grad_norm": step.result.grad_norm,
-            "samples_per_s": samples / step.seconds,
-            "tokens_per_s": (positions - pad) / step.seconds,
-            "supervised_tokens_per_s": supervised / step.seconds,
-            "padding": pad / positions,
-            "step_seconds": step.seconds,
-            "data_seconds": step.data_seconds,
-            "comm_seconds": step.result.comm_seconds,
-            "compute_seconds": step.seconds - step.data_seconds - step.result.comm_seconds,
+            "grad_norm": result.grad_norm,
+            "samples_per_s": counts["samples"] / self._seconds["step"],
+            "tokens_per_s": (counts["positions"] - counts["pad"]) / self._seconds["step"],
+            "supervised_tokens_per_s": counts["supervised"] / self._seconds["step"],
+            "padding": counts["pad"] / counts["positions"],
+            **{f"{phase}_seconds": value for phase, value in seconds.items()},
+            "compute_seconds": seconds["step"] - seconds["data"] - seconds.get("comm", 0.0),
+            **self.arithmetic.shares(counts, self._seconds["step"]),
             "peak_memory_gib": peak_memory_bytes(self.world.device) / 2**30,
         }
-        self.metrics.train_line(step.number, values)
 
 
-def _images_in(batch: Batch) -> int:
+class Sums(dict[str, float]):
+    """Named numbers that are added up."""
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self[name] = self.get(name, 0.0) + value
+
+    def over(self, world: World) -> dict[str, float]:
+        """Over all ranks, which call this together and have the same names; begins anew."""
+        totals = dict(zip(self, world.sum(*self.values()), strict=True))
+        self.clear()
+        return totals
+
+
+def _counts(batch: Batch) -> dict[str, float]:
     images = batch.pixel_values if batch.features is None else batch.features
-    return 0 if images is None else len(images)
+    return {
+        "samples": batch.num_samples,
+        "positions": batch.input_ids.numel(),
+        "pad": batch.num_pad,
+        "images": 0 if images is None else len(images),
+        "bad_images": batch.bad_images,
+    }
 
 
 class Validation(Callback):
@@ -78,9 +112,12 @@ class Validation(Callback):
         self.evaluator, self.write = evaluator, write
         self.loss: float | None = None
 
+    def wants(self, number: int) -> bool:
+        return bool(self.evaluator.data.valid) and number % self.every == 0
+
     def on_step(self, step: Step) -> None:
         self.loss = None
-        if not self.evaluator.data.valid or not (step.last or step.number % self.every == 0):
+        if not self.evaluator.data.valid or not (step.last or self.wants(step.number)):
             return
         values = self.evaluator.validate()
         self.loss = values["loss"]
@@ -124,13 +161,17 @@ class Checkpoints(Callback):
         best: float | None,
     ) -> None:
         self.recipe, self.folder, self.strategy, self.frozen = recipe, folder, strategy, frozen
-        self.plan, self.validation, self.best = data.plan, validation, best
+        self.validation, self.best = validation, best
+        self.every = recipe.checkpoint.every or data.plan.steps_per_epoch
+        self.global_batch = data.plan.global_batch
+
+    def wants(self, number: int) -> bool:
+        return number % self.every == 0
 
     def on_step(self, step: Step) -> None:
         loss = self.validation.loss
         better = loss is not None and (self.best is None or loss < self.best)
-        every = self.recipe.checkpoint.every or self.plan.steps_per_epoch
-        if step.last or step.number % every == 0 or better:
+        if step.last or self.wants(step.number) or better:
             self._save(step.number, loss)
         if better:
             self.best = loss
@@ -141,7 +182,7 @@ class Checkpoints(Callback):
         tensors, optimizer_tensors = strategy.trained_tensors(), strategy.state_tensors()
         if strategy.world.is_main:
             scale = strategy.scaler.state_dict()
-            state = TrainState(step, self.plan.global_batch, scale, self.frozen, valid_loss)
+            state = TrainState(step, self.global_batch, scale, self.frozen, valid_loss)
             save_checkpoint(self.folder, state, tensors, optimizer_tensors, self.recipe.to_yaml())
             prune(self.folder, self.recipe.checkpoint.keep)
         strategy.world.barrier()

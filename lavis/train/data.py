@@ -98,6 +98,7 @@ class RunData:
             rank=self.world.rank,
             num_workers=self.recipe.data.num_workers,
             seed=self.recipe.run.seed,
+            pin=self.world.device.type == "cuda",
         )
 
     def caches_features(self, steps: int) -> bool:

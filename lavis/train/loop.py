@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lavis.core.types import Batch
 from lavis.data.loader import TrainLoader
-from lavis.parallel.strategy import StepResult, Strategy
+from lavis.parallel.results import StepResult
+from lavis.parallel.strategy import Strategy
 from lavis.train.schedules import Horizon, learning_rate
 
 
@@ -18,17 +19,20 @@ from lavis.train.schedules import Horizon, learning_rate
 class Step:
     """An optimiser step that was done, as this rank saw it. number: steps done, this one included.
 
-    seconds: of the whole step; of them data_seconds waiting for its batches.
+    result: what it came to; None where no callback wanted to know and finding out takes time. seconds: of the whole
+    step; of them data_seconds waiting for its batches. On a GPU a step's own seconds say little, since its work is only
+    queued; of all steps up to one with a result they are right, as are those of the phases, which are of these steps.
     """
 
     number: int
     epoch: int
     last: bool
     rate: float
-    result: StepResult
+    result: StepResult | None
     batches: Sequence[Batch]
     seconds: float
     data_seconds: float
+    phases: Mapping[str, float]
 
 
 class Callback:
@@ -36,6 +40,10 @@ class Callback:
 
     def on_start(self, done: int) -> None:
         """Before the first step; `done`: steps done by the run that is resumed, 0 in a new one."""
+
+    def wants(self, number: int) -> bool:
+        """Whether `on_step` shows, judges or keeps what comes out of step `number`; of the last one all do."""
+        return False
 
     def on_step(self, step: Step) -> None:
         """After a step."""
@@ -59,10 +67,12 @@ def train_loop(
             loaded = time.perf_counter()
             torch.manual_seed(step_seed(recipe.run.seed, done, strategy.world.rank))
             rate = learning_rate(recipe.optim, span, done)
-            result = strategy.step(learner.objective.before_step(batches, learner), rate, done + 1)
-            done, ended = done + 1, time.perf_counter()
+            done += 1
             last = done == span.total_steps
-            step = Step(done, epoch, last, rate, result, batches, ended - began, loaded - began)
+            report = last or any(callback.wants(done) for callback in callbacks)
+            result = strategy.step(learner.objective.before_step(batches, learner), rate, done, report=report)
+            phases, ended = strategy.clock.read() if result else {}, time.perf_counter()
+            step = Step(done, epoch, last, rate, result, batches, ended - began, loaded - began, phases)
             for callback in callbacks:
                 callback.on_step(step)
             if last:

@@ -21,6 +21,7 @@ from lavis.core.registries import OBJECTIVES, STRATEGIES
 from lavis.data.texts import Texts
 from lavis.models.llm import DTYPES
 from lavis.objectives.learner import Learner
+from lavis.parallel.flops import Arithmetic
 from lavis.parallel.strategy import Ranks, Strategy, load_trained, parameter_counts, tensor_names
 from lavis.runs.checkpoint import (
     Checkpoint,
@@ -146,6 +147,7 @@ def train(job: Job) -> dict[str, Any]:
     if job.checkpoint:
         _load(job, job.checkpoint)
     describe(job, span)
+    arithmetic = Arithmetic.of(job.learner.model, job.ranks)
     strategy = job.strategy(job.learner, job.recipe, job.ranks, job.data.plan.accum)
     done, best = resume(job, strategy, job.checkpoint) if job.checkpoint else (0, None)
     metrics = MetricsLog(job.folder, recipe.log.trackers, done, span.total_steps) if job.world.is_main else None
@@ -158,7 +160,7 @@ def train(job: Job) -> dict[str, Any]:
     validation = Validation(recipe, span.steps_per_epoch, evaluator, write)
     tests = Tests(recipe, evaluator, write, span.total_steps)
     callbacks = (
-        StepLog(recipe, job.data, job.world, metrics),
+        StepLog(recipe, job.data, job.world, arithmetic, metrics),
         validation,
         SamplePrompts(evaluator, validation, span.total_steps),
         Checkpoints(job.recipe, job.folder / "checkpoints", strategy, job.data, validation, job.frozen, best),

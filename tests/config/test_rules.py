@@ -29,6 +29,11 @@ PROCESSOR = "datasets.llava_instruction.vis_processor"
         (["run.valid_splits=[val]"], "no dataset has annotations for the split 'val' (known: train)"),
         (["run.train_splits=[]"], "run.train_splits is empty"),
         (["optim.min_lr=1"], "the rate would grow"),
+        (["optim.name=lionn"], "unknown optimiser 'lionn'. Did you mean 'lion'"),
+        (
+            ["optim.name=lion", "parallel.strategy=zero", "parallel.deepspeed.zero_optimization.stage=2"],
+            "optim.name lion does not go with ZeRO-2",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(options: list[str], said: str) -> None:
@@ -46,6 +51,7 @@ def test_an_impossible_combination_is_refused(options: list[str], said: str) -> 
         ["model.freeze_proj=true", "run.evaluate=true", "run.test_splits=[train]"],
         ["model.freeze_proj=true", "model.get_lora=true"],
         ["train.autocast_on_cpu=true"],
+        ["optim.name=muon", "parallel.strategy=pipeline"],
         ["run.train_dataset_ratios={llava_instruction: 2}"],
     ],
 )

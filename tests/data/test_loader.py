@@ -45,6 +45,17 @@ def test_collate_packs_with_the_padding_as_a_run_of_its_own() -> None:
     assert (batch.supervised_tokens, batch.num_samples, batch.num_pad) == (5, 3, 6)
 
 
+@pytest.mark.parametrize("pack", [None, 7])
+def test_positions_that_are_learned_and_filled_are_known(pack: int | None) -> None:
+    batch = collate([[A, B] if pack else [A], [A]], {}, pad_id=9, pack_length=pack)
+    assert batch.predicting is not None and batch.placeholders is not None
+    vectors, targets = batch.supervised(torch.arange(batch.labels.numel()).view(*batch.labels.shape, 1))
+    wanted = batch.labels[:, 1:] != IGNORE_INDEX
+    assert targets.tolist() == batch.labels[:, 1:][wanted].tolist() == ([2, 3, 5, 2, 3] if pack else [2, 3, 2, 3])
+    assert vectors.squeeze(1).tolist() == batch.predicting.tolist() == ([0, 1, 3, 7, 8] if pack else [0, 1, 3, 4])
+    assert batch.placeholders.tolist() == [0, batch.labels.shape[1]]
+
+
 def test_bad_images_become_blank_counted_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Image.new("RGB", (9, 9), "red").save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])

@@ -23,6 +23,7 @@ def test_a_run_leaves_what_it_promises(cache, tmp_path):
     lines = train_lines(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert {"loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "padding", "data_seconds"} <= lines[0].keys()
+    assert {"forward_seconds", "backward_seconds", "optimizer_seconds", "mfu"} <= lines[0].keys()
     summary = json.loads((run / "summary.json").read_text())
     for label in ("before", "test", "blind"):
         assert 0 <= summary["results"][f"{label}/test/accuracy"] <= 1
