@@ -61,6 +61,20 @@ def _sizes(recipe: Recipe) -> Iterator[str]:
     if model.row_format == "chat" and data.packing and data.pack_length < model.max_length:
         longest = f"the longest sample, model.max_length {model.max_length}"
         yield f"data.pack_length {data.pack_length} is shorter than {longest}: raise the one or lower the other."
+    budget: Any = recipe.train.micro_batch_tokens
+    if budget not in ("auto", None) and not (isinstance(budget, int) and budget > 0):
+        yield f"train.micro_batch_tokens is {budget!r}: give a number of tokens, auto or null."
+        return
+    budget = None if budget == "auto" else budget
+    if budget and model.row_format == "chat":
+        length = data.pack_length if data.packing else model.max_length
+        if budget < length:
+            yield f"train.micro_batch_tokens {budget} is less than a row of {length} tokens: raise it to that at least."
+    if budget and recipe.parallel.strategy != "data_parallel":
+        yield (
+            f"train.micro_batch_tokens does not go with parallel.strategy {recipe.parallel.strategy}, whose steps have"
+            " a fixed number of micro-batches: set it to null."
+        )
     if recipe.train.autocast_on_cpu and recipe.train.autocast_dtype == "fp16" and recipe.run.device != "cuda":
         yield "train.autocast_dtype fp16 does not work on the CPU: use bf16, or train.autocast_on_cpu=false."
     if recipe.optim.min_lr > recipe.optim.lr and recipe.optim.schedule != "constant_lr" and not recipe.run.evaluate:

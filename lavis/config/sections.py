@@ -67,6 +67,13 @@ class TrainConfig:
         1, "samples (packed: rows of pack_length) per rank and forward", at_least=1, resume="free"
     )
     accumulation: int = opt(1, "micro-batches per optimiser step", at_least=1, resume="free")
+    micro_batch_tokens: Any = opt(
+        "auto",
+        "most tokens of a micro-batch: the samples of a rank and step (micro_batch_size x accumulation) go through in"
+        " as few parts as hold them; null = micro_batch_size at a time; auto = what a GPU has room for under"
+        " data_parallel, else null",
+        resume="free",
+    )
     global_batch_size: Optional[int] = opt(
         None,
         "samples (packed: rows) per optimiser step over all ranks; accumulation then follows from it",

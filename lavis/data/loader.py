@@ -220,8 +220,8 @@ class TrainLoader:
         """From `start_step` of the epoch on, the micro-batches of each optimiser step."""
         self._order.begin(epoch, start_step)
         batches = iter(self._loader)
-        for _ in range(start_step, self._plan.steps_per_epoch):
-            yield list(itertools.islice(batches, self._plan.accum))
+        for step in range(start_step, self._plan.steps_per_epoch):
+            yield list(itertools.islice(batches, self._order.parts(epoch, step)))
 
 
 class _Task(NamedTuple):
@@ -238,6 +238,11 @@ class _StepOrder(Sampler[_Task]):
 
     def begin(self, epoch: int, step: int) -> None:
         self._epoch, self._step = epoch, step
+
+    def parts(self, epoch: int, step: int) -> int:
+        """Micro-batches of a step."""
+        plan = self._plan
+        return len(plan.micro_batches(epoch, step, self._rank)) if plan.tokens else plan.accum
 
     def __iter__(self) -> Iterator[_Task]:
         for step in range(self._step, self._plan.steps_per_epoch):

@@ -32,6 +32,8 @@ class StepPlan:
     anyway.
     ratios: share of each dataset in an epoch of unchanged size; each goes through its own shuffled cycle. None takes
     all once.
+    tokens: most tokens of a micro-batch. A rank's rows of a step then go through in as few micro-batches as hold them,
+    on all ranks equally many, instead of in `accum` of `batch_size` rows.
     Raises DataError if there is less than one global batch.
     """
 
@@ -47,7 +49,9 @@ class StepPlan:
         pack_length: int | None,
         dataset_sizes: list[int],
         ratios: list[float] | None,
+        tokens: int | None = None,
     ) -> None:
+        self.tokens = tokens
         self.batch_size, self.accum, self.world_size, self.seed = batch_size, accum, world_size, seed
         self.pack_length = pack_length
         self.global_batch = batch_size * accum * world_size
@@ -75,17 +79,37 @@ class StepPlan:
         return len(self._row_lengths)
 
     def micro_batches(self, epoch: int, step: int, rank: int) -> list[list[Row]]:
-        """The `accum` micro-batches of `batch_size` rows that `rank` takes in this step.
+        """The micro-batches that `rank` takes in this step, of `batch_size` rows or at most `tokens` tokens each.
 
         Rows of like length share a micro-batch, and at each micro-batch the ranks get neighbours in length.
         """
         rows = self._epoch(epoch)[step]
+        if self.tokens:
+            own = self._dealt(rows, rank).reshape(-1)
+            return [
+                [self._row(own[i]) for i in part]
+                for part in _even(self._row_lengths[own], self._parts(rows, self.tokens))
+            ]
+        return [[self._row(r) for r in part] for part in self._dealt(rows, rank)]
+
+    def _parts(self, rows: np.ndarray, tokens: int) -> int:
+        """The least number of micro-batches in which every rank's share of a step's `rows` is within `tokens`."""
+        shares = [self._row_lengths[self._dealt(rows, rank).reshape(-1)] for rank in range(self.world_size)]
+        count = max(1, *(-(-int(share.sum()) // tokens) for share in shares))
+        while count < len(shares[0]) and any(
+            share[part].sum() > tokens for share in shares for part in _even(share, count)
+        ):
+            count += 1
+        return count
+
+    def _dealt(self, rows: np.ndarray, rank: int) -> np.ndarray:
+        """Those of a step's `rows` that `rank` takes, [accum, batch_size]."""
         rows = rows[np.argsort(self._row_lengths[rows], kind="stable")].reshape(
             self.accum, self.world_size, self.batch_size
         )
         # Every other micro-batch is dealt backwards, so that no rank has the longer rows throughout.
         places = [rank if a % 2 == 0 else self.world_size - 1 - rank for a in range(self.accum)]
-        return [[self._row(r) for r in rows[a, place]] for a, place in enumerate(places)]
+        return np.stack([rows[a, place] for a, place in enumerate(places)])
 
     def _row(self, index: int) -> Row:
         return self._samples[self._starts[index] : self._starts[index + 1]].tolist()
@@ -142,6 +166,17 @@ def _pools(
             pools.append([[offset + i for i in members] for members in bins])
         offset += size
     return pools
+
+
+def _even(lengths: np.ndarray, count: int) -> list[list[int]]:
+    """Indices of rows in `count` parts of like many tokens: the longest first, each to the part that has least."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    sums = [0] * count
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        least = sums.index(min(sums))
+        parts[least].append(i)
+        sums[least] += int(lengths[i])
+    return [sorted(part) for part in parts]
 
 
 def _flatten(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:

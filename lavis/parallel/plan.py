@@ -204,6 +204,8 @@ class Planner:
             or recipe.train.micro_batch_size * recipe.train.accumulation * max(1, ranks // recipe.parallel.num_stages)
         )
         train = recipe.train
+        budget: Any = train.micro_batch_tokens  # in the longest rows
+        self.rows = max(1, budget // self.tokens) if isinstance(budget, int) else train.micro_batch_size
         mixed = train.amp and config.enable_autocast and (machine.device == "cuda" or train.autocast_on_cpu)
         amp = {"bf16": torch.bfloat16, "fp16": torch.float16}[train.autocast_dtype] if mixed else None
         self.precision = Precision.on(machine.device, config, amp)
@@ -243,7 +245,7 @@ class Planner:
         self, layout: Layout, *, rows: int | None = None, recompute: bool | None = None, blocks: list[int] | None = None
     ) -> Plan:
         """What is expected of `layout` with micro-batches of so many rows. Raises ConfigError if it is impossible."""
-        rows = rows or self.recipe.train.micro_batch_size
+        rows = rows or self.rows
         recompute = self.config.recomputes is True if recompute is None else recompute
         f = self._footprints(rows, recompute)
         sizes = blocks or self.split(layout.stages, rows, recompute)
@@ -328,7 +330,7 @@ class Planner:
         If none fits, the one that needs least.
         """
         tried: list[Plan] = []
-        rows = self.recipe.train.micro_batch_size
+        rows = self.rows
         while rows:
             for recompute in (False, True) if self.config.recomputes is not True else (True,):
                 tried.append(self.plan(layout, rows=rows, recompute=recompute))

@@ -83,6 +83,7 @@ class RunData:
             pack_length=data.pack_length if data.packing else None,
             dataset_sizes=[len(t) for t in self.train_tables],
             ratios=self._ratios(),
+            tokens=budget if isinstance(budget := recipe.train.micro_batch_tokens, int) else None,
         )
 
     def _ratios(self) -> list[float] | None:

@@ -19,6 +19,8 @@ from lavis.parallel.strategy import Ranks, Strategy
 from lavis.train.data import accumulation
 
 log = logging.getLogger(__name__)
+BUDGETS = (8192, 4096, 2048, 1024)
+"""Tokens of a micro-batch that are tried. More make a GPU no faster, and fewer are what a recipe has anyway."""
 
 
 def run_planner(recipe: Recipe, tables: Sequence[PreparedTable], ranks: Ranks) -> Planner:
@@ -38,6 +40,34 @@ def run_planner(recipe: Recipe, tables: Sequence[PreparedTable], ranks: Ranks) -
         row = {"tokens": int(lengths.max()), "images": int(images.max()), "supervised": int(supervised.max())}
     samples = recipe.train.micro_batch_size * accumulation(recipe, ranks.data.size) * ranks.data.size
     return Planner(recipe, Machine.this(ranks.world.device), samples=samples, **row)
+
+
+def settle_micro_batches(recipe: Recipe, texts: Texts, strategy: type[Strategy], ranks: Ranks) -> Recipe:
+    """`recipe` with train.micro_batch_tokens=auto decided: the largest of BUDGETS that a GPU has room for without more
+    recomputation than the recipe wants, else none.
+    """
+    model: Any = recipe.model
+    world = ranks.world
+    if recipe.train.micro_batch_tokens != "auto":
+        return recipe
+    budget = None
+    single = recipe.parallel.strategy == "data_parallel" and model.row_format == "chat"
+    if single and world.device.type == "cuda" and not recipe.run.evaluate:
+        with world.local_main_first():
+            tables = prepare_split(recipe, "train", texts.tokenizer)
+        budget = world.broadcast(_largest(recipe, tables, strategy, ranks) if world.is_main else None)
+    return replace(recipe, train=replace(recipe.train, micro_batch_tokens=budget))
+
+
+def _largest(recipe: Recipe, tables: Sequence[PreparedTable], strategy: type[Strategy], ranks: Ranks) -> int | None:
+    model: Any = recipe.model
+    planner = run_planner(recipe, tables, ranks)
+    layout = strategy.layout(recipe, ranks.world)
+    for budget in BUDGETS:
+        rows = budget // planner.tokens
+        if rows > 1 and planner.plan(layout, rows=rows, recompute=model.recomputes is True).fits(planner.machine):
+            return budget
+    return None
 
 
 def settle_recomputation(recipe: Recipe, texts: Texts, strategy: type[Strategy], ranks: Ranks) -> Recipe:

@@ -39,7 +39,7 @@ from lavis.train.callbacks import Checkpoints, SamplePrompts, StepLog, Tests, Va
 from lavis.train.data import RunData
 from lavis.train.evaluator import Evaluator
 from lavis.train.loop import train_loop
-from lavis.train.planning import run_planner, settle_recomputation
+from lavis.train.planning import run_planner, settle_micro_batches, settle_recomputation
 from lavis.train.schedules import Horizon, horizon
 from lavis.train.tokenizer import train_tokenizer
 
@@ -96,6 +96,7 @@ def prepare(recipe: Recipe, strategy: type[Strategy], w: World) -> Job:
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)
     texts, objective = Texts.of(recipe), OBJECTIVES.get(recipe.objective.name).from_config(recipe.objective)
+    recipe = settle_micro_batches(recipe, texts, strategy, ranks)
     recipe = settle_recomputation(recipe, texts, strategy, ranks)
     with w.local_main_first():  # tables are made once and left on disk
         data = RunData(recipe, texts, ranks.data, with_images=ranks.sees)

@@ -29,6 +29,12 @@ PROCESSOR = "datasets.llava_instruction.vis_processor"
         (["run.valid_splits=[val]"], "no dataset has annotations for the split 'val' (known: train)"),
         (["run.train_splits=[]"], "run.train_splits is empty"),
         (["optim.min_lr=1"], "the rate would grow"),
+        (
+            ["train.micro_batch_tokens=many"],
+            "train.micro_batch_tokens is 'many': give a number of tokens, auto or null",
+        ),
+        (["train.micro_batch_tokens=100"], "train.micro_batch_tokens 100 is less than a row of 256 tokens"),
+        (["train.micro_batch_tokens=512", "parallel.strategy=zero"], "does not go with parallel.strategy zero"),
         (["optim.name=lionn"], "unknown optimiser 'lionn'. Did you mean 'lion'"),
         (
             ["optim.name=lion", "parallel.strategy=zero", "parallel.deepspeed.zero_optimization.stage=2"],

@@ -125,3 +125,17 @@ def test_less_than_a_global_batch_is_told() -> None:
         plan(100, 20, 1)
     with pytest.raises(DataError, match="ratios"):
         plan(ratios=[0.0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_budget_of_tokens_deals_the_rows_of_a_step_into_few_even_micro_batches(world_size: int) -> None:
+    plain = plan(batch_size=1, accum=24 // world_size, world_size=world_size)
+    budget = plan(batch_size=1, accum=24 // world_size, world_size=world_size, tokens=400)
+    for step in range(budget.steps_per_epoch):
+        parts = [budget.micro_batches(0, step, rank) for rank in range(world_size)]
+        assert len({len(own) for own in parts}) == 1  # ranks wait for each other no longer than they have to
+        for rank, own in enumerate(parts):
+            sums = [sum(LENGTHS[i] for row in part for i in row) for part in own]
+            assert max(sums) <= 400 and len(own) <= -(-sum(sums) // 300)
+            rows = sorted(i for part in own for row in part for i in row)
+            assert rows == sorted(i for part in plain.micro_batches(0, step, rank) for row in part for i in row)

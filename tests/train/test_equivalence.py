@@ -33,6 +33,10 @@ LAYOUTS["ZeRO-3, all on the CPU"] = (
     2,
     [*LAYOUTS["ZeRO-3"][1], f"{ZERO}.offload_optimizer={{device: cpu}}", f"{ZERO}.offload_param={{device: cpu}}"],
 )
+LAYOUTS["a budget of tokens"] = (
+    2,
+    ["train.micro_batch_size=1", "train.accumulation=4", "train.micro_batch_tokens=256"],
+)
 PIPELINE = ["train.micro_batch_size=2", "parallel.strategy=pipeline"]
 LAYOUTS |= {
     "pipeline of 2": (2, [*PIPELINE, "parallel.num_stages=2", "train.accumulation=4"]),
