@@ -234,6 +234,13 @@ class DataConfig:
     num_workers: int = opt(
         4, "processes per rank that load images; 0 loads in the training process", at_least=0, resume="free"
     )
+    prepare_workers: Optional[int] = opt(
+        None,
+        "processes that prepare rows before training, while the other ranks of a host wait; 0 or 1 = in the training"
+        " process; null = one for each core that it may use, 8 at most",
+        at_least=0,
+        resume="free",
+    )
     max_bad_image_share: float = opt(
         0.01, "stop when more than this share of images could not be read, once 100 were", at_least=0, resume="free"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lavis.config.schema import DataEntry, ModelConfig, ProcessorConfig
@@ -11,8 +11,10 @@ from lavis.core.errors import ConfigError, DataError
 from lavis.core.paths import resolve
 from lavis.core.registries import MEDIA_FORMATS, SOURCES
 from lavis.core.types import Example
+from lavis.data.fingerprint import ALL, Share, Template
 from lavis.data.image import EvalImage, image_processor
-from lavis.data.prepare import ALL, Share, Template, chosen, prepare
+from lavis.data.pool import usable_cores
+from lavis.data.prepare import chosen, prepare
 from lavis.data.sources import FileSource
 from lavis.data.table import PreparedTable
 from lavis.tokens.caption import CaptionTemplate
@@ -117,11 +119,12 @@ def make_template(model: Any, entry: DataEntry, tokenizer: PreTrainedTokenizerFa
 
 @dataclass(frozen=True)
 class Portion:
-    """Rows that a section of `data` names: an entry's source, or a share of it."""
+    """Rows that a section of `data` names: an entry's source, or a share of it. processes: that prepare them."""
 
     section: str
     source: FileSource
     share: Share = ALL
+    processes: int = 1
 
     @property
     def split(self) -> str:
@@ -130,13 +133,14 @@ class Portion:
 
     def prepare(self, model: Any, tokenizer: PreTrainedTokenizerFast) -> PreparedTable:
         """Its table, made if need be."""
-        return prepare(self.source, make_template(model, self.source.entry, tokenizer), self.share)
+        template = make_template(model, self.source.entry, tokenizer)
+        return prepare(self.source, template, self.share, self.processes)
 
 
 def portions(recipe: Recipe) -> list[Portion]:
     """All rows that a recipe names, in its order; entries with a `fraction` take theirs out of those of train."""
     taken = _taken(recipe)
-    found = []
+    found: list[Portion] = []
     for section, entries in recipe.data.sections().items():
         for number, entry in enumerate(entries):
             key = f"data.{section}.{number}"
@@ -147,7 +151,9 @@ def portions(recipe: Recipe) -> list[Portion]:
                 found.append(Portion(section, _source(entry, key, section)))
             else:
                 found += _out_of_train(recipe, section, entry, key, taken)
-    return found
+    workers = recipe.data.prepare_workers
+    processes = usable_cores() if workers is None else workers
+    return [replace(portion, processes=processes) for portion in found]
 
 
 def _source(entry: DataEntry, key: str, section: str) -> FileSource:

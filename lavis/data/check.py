@@ -19,7 +19,7 @@ from lavis.data.report import EXAMPLES, PrepareReport
 
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
-    from lavis.data.prepare import Template
+    from lavis.data.fingerprint import Template
 
 _THREADS = 8
 

@@ -7,10 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lavis.core.errors import DataError
 from lavis.core.types import RowError
+from lavis.data.json_rows import OnBytes, begins_with_object, not_utf8, read_json_list
 
 Row = dict[str, Any]
 OnError = Callable[[RowError], None]
@@ -21,17 +22,20 @@ _JSON_COLUMNS = frozenset(
 """Columns of a CSV file whose cells may hold a list, or an object, in JSON."""
 
 
-def read_rows(path: Path, on_error: OnError | None = None) -> Iterator[tuple[int, Row]]:
+def read_rows(
+    path: Path, on_error: OnError | None = None, on_bytes: OnBytes | None = None
+) -> Iterator[tuple[int, Row]]:
     """Rows of a JSON list, JSONL, CSV or Parquet file with their numbers, counted from 1 (JSONL: the line).
 
+    They are read as they are asked for: of a file of any size a few are in memory.
     A row that cannot be read goes to `on_error`, which may keep it for a report; without one it is raised.
-    Raises DataError, naming file and line, when the file as a whole cannot be read.
+    Raises DataError, naming file and line, where the file cannot be read any further.
     """
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: annotation files end in {', '.join(readers)}. Rename or convert the file.")
-    for number, row in reader(path):
+    for number, row in reader(path, on_bytes or _ignored):
         if isinstance(row, dict):
             # A missing value is spelled null in Parquet and JSON, and left empty in CSV.
             yield number, {key: value for key, value in row.items() if value is not None}
@@ -52,27 +56,19 @@ def _not_an_object(path: Path, number: int, row: Any) -> RowError:
     return RowError("the row is not a JSON object", where_of(path, number), fix, type(row).__name__)
 
 
-def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from None
-    if text.lstrip().startswith("{"):  # one object a line, in spite of the name
-        return _read_jsonl(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}, column {error.colno}: bad JSON ({error.msg}). Correct the file."
-        ) from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: holds a {type(rows).__name__}, not a list of rows. Put the rows in a JSON list.")
-    return enumerate(rows, start=1)
+def _ignored(count: int) -> None:
+    pass
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_json(path: Path, on_bytes: OnBytes) -> Iterable[tuple[int, Any]]:
+    if begins_with_object(path):  # one object a line, in spite of the name
+        return _read_jsonl(path, on_bytes)
+    return enumerate(read_json_list(path, on_bytes), start=1)
+
+
+def _read_jsonl(path: Path, on_bytes: OnBytes) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_lines(lines, path, on_bytes), start=1):
             if not line.strip():
                 continue
             try:
@@ -82,10 +78,19 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, RowError("bad JSON", where, "Correct or delete the line.", error.msg)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+def _lines(file: TextIO, path: Path, on_bytes: OnBytes) -> Iterator[str]:
+    try:
+        for line in file:
+            yield line
+            on_bytes(file.buffer.tell())
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
+
+
+def _read_csv(path: Path, on_bytes: OnBytes) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=1):
+        for number, row in enumerate(csv.DictReader(_lines(file, path, on_bytes)), start=1):
             if None in row or None in row.values():
                 fix = "Quote cells that hold commas or line breaks."
                 yield number, RowError("cells do not match the header", where_of(path, number), fix)
@@ -103,16 +108,17 @@ def _cell(key: str, text: str) -> Any:
         return text
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_parquet(path: Path, on_bytes: OnBytes) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number, size = 0, path.stat().st_size
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+                on_bytes(size * number // max(1, file.metadata.num_rows))
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}). Write the file again.") from None

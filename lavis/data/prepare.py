@@ -2,65 +2,56 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from lavis.core.errors import DataError
 from lavis.core.paths import cache_root
-from lavis.core.registries import DIALECTS
 from lavis.core.types import Conversation, Document, Example, MediaRef, Message, Pair, RowError, Sample
-from lavis.data.dialects import own_dialects
-from lavis.data.files import OnError
+from lavis.data.files import OnError, Row
+from lavis.data.fingerprint import ALL, Share, Template, fingerprint
 from lavis.data.image import UNREADABLE, upright_size
-from lavis.data.report import PrepareReport
+from lavis.data.pool import ordered_map
+from lavis.data.progress import Progress
+from lavis.data.report import PrepareReport, Problems
 from lavis.data.sources import FileSource, place_of
 from lavis.data.table import FILE, REPORT, SCHEMA, PreparedTable, row_of
-from lavis.tokens.caption import CaptionTemplate
 from lavis.tokens.document import DocumentTemplate
-from lavis.tokens.pairs import PairTemplate, PromptTemplate
-from lavis.tokens.template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
-Template = ChatTemplate | CaptionTemplate | DocumentTemplate | PairTemplate | PromptTemplate
-Share = tuple[float, float]
-"""The rows whose place (see place_of) is not below the first number and below the second."""
-ALL: Share = (0.0, 1.0)
-
-FORMAT_VERSION = 2
-"""Raised when the same inputs would give another table."""
 _CHUNK = 1000
 _THREADS = 8
 
 
-def prepare(source: FileSource, template: Template, share: Share = ALL) -> PreparedTable:
-    """The prepared table of a source's rows, or of a share of them; made under cache/prepared if it is not there yet.
+def prepare(source: FileSource, template: Template, share: Share = ALL, processes: int = 1) -> PreparedTable:
+    """The prepared table of a source's rows, or of a share of them; made under cache/prepared if it is not there yet,
+    by so many processes: the table is the same, bit for bit, for any number.
 
     It is keyed by the contents of the files, the settings that matter and the template; processes that make the same
     table at the same time do not disturb each other. Bad rows are dropped and counted in its report.
     Raises DataError if the files cannot be read or no row can be used.
     """
     root = cache_root() / "prepared"
-    folder = root / _fingerprint(source, template, share)
+    folder = root / fingerprint(source, template, share)
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".", dir=root))
         try:
-            _write(work, source, template, share)
+            _write(work, source, template, share, processes)
             _publish(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -113,42 +104,32 @@ def _with_sizes(example: Example, sizes: dict[str, Any]) -> Example:
     return example.map(conversation) if isinstance(example, Pair) else conversation(example)
 
 
-def _fingerprint(source: FileSource, template: Template, share: Share) -> str:
-    entry = source.entry
-    settings = [FORMAT_VERSION, entry.format, asdict(entry.text), entry.kind, share, template.fingerprint()]
-    if entry.generate:
-        settings.append([entry.source, entry.generate])
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for file in _own_code(source):
-        digest.update(file.read_bytes())
-    media = getattr(template, "media", None)
-    if media is not None and media.needs_size:  # then the table depends on the pictures too
-        digest.update(str(source.image_root).encode())
-    for file in source.files():
-        with file.open("rb") as content:
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            while block := content.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:32]
+class _Unread(NamedTuple):
+    """A row that could not be read from its file."""
+
+    reason: str
+    message: str
 
 
-def _own_code(source: FileSource) -> list[Path]:
-    """Python outside this package that rows go through: while it is written, it changes more often than the rows."""
-    names = own_dialects() if source.entry.format == "auto" else [source.entry.format]
-    kinds = [type(source), *(DIALECTS.get(name) for name in names)]
-    modules = [sys.modules.get(kind.__module__) for kind in kinds if not kind.__module__.startswith("lavis.")]
-    return [Path(file) for module in modules if (file := getattr(module, "__file__", None))]  # a notebook has none
+Item = tuple[str, Row] | Example | _Unread
+"""A row with its name; what it says, where the source makes that itself."""
 
 
-def _write(folder: Path, source: FileSource, template: Template, share: Share) -> None:
+class _Piece(NamedTuple):
+    """What became of some rows: their part of the table, or the ids and tokens of their documents."""
+
+    report: PrepareReport
+    batch: pa.RecordBatch | None
+    documents: list[tuple[str, list[int]]]
+
+
+def _write(folder: Path, source: FileSource, template: Template, share: Share, processes: int) -> None:
     report = PrepareReport()
-    with (folder / FILE).open("wb") as file:
+    pieces = ordered_map(partial(_encode, source, template, share), _pieces(source), processes)
+    with closing(pieces), Progress(source) as progress, (folder / FILE).open("wb") as file:
         with pa.ipc.new_file(file, SCHEMA) as writer:
-            # rows that cannot be read have no place: the uppermost share counts them
-            on_error = report.drop if share[1] == 1.0 else lambda error: None
-            rows = encoded(chosen(source, share, on_error), template, source.image_root, report)
-            while chunk := list(islice(rows, _CHUNK)):
-                writer.write_batch(pa.RecordBatch.from_pylist([row_of(*row) for row in chunk], schema=SCHEMA))
+            for batch in _batches(pieces, template, report, progress):
+                writer.write_batch(batch)
         file.flush()
         os.fsync(file.fileno())
     report.rows = report.kept + report.num_dropped
@@ -159,11 +140,78 @@ def _write(folder: Path, source: FileSource, template: Template, share: Share) -
     (folder / REPORT).write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
 
 
+def _pieces(source: FileSource) -> Iterator[list[Item]]:
+    """The source's rows, so many at a time as are worth a step."""
+    piece: list[Item] = []
+
+    def note(error: RowError) -> None:
+        piece.append(_Unread(error.reason, str(error)))
+
+    makes_examples = type(source).examples is not FileSource.examples
+    for item in source.examples(note) if makes_examples else source.rows(note):
+        piece.append(item)
+        if len(piece) >= _CHUNK:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
+
+
+def _encode(source: FileSource, template: Template, share: Share, items: Sequence[Item]) -> _Piece:
+    report = PrepareReport(rows=len(items))
+    examples = _examples(source, share, items, report)
+    if isinstance(template, DocumentTemplate):
+        return _Piece(report, None, list(template.tokens(_counted(examples, report))))
+    rows = [row_of(*row) for row in encoded(examples, template, source.image_root, report)]
+    return _Piece(report, _batch(rows) if rows else None, [])
+
+
+def _examples(source: FileSource, share: Share, items: Iterable[Item], report: PrepareReport) -> Iterator[Example]:
+    # rows that cannot be read have no place: the uppermost share counts them
+    unread = report if share[1] == 1.0 else PrepareReport()
+    for item in items:
+        if isinstance(item, _Unread):
+            unread.add(item.reason, Problems(1, [item.message]))
+            continue
+        try:
+            example = source.example(*item) if isinstance(item, tuple) else item
+        except RowError as error:
+            unread.drop(error)
+            continue
+        if _is_in(share, example):
+            yield example
+
+
+def _batches(
+    pieces: Iterable[_Piece], template: Template, report: PrepareReport, progress: Progress
+) -> Iterator[pa.RecordBatch]:
+    def noted() -> Iterator[_Piece]:
+        for piece in pieces:
+            report.merge(piece.report)
+            progress.step(piece.report.rows)
+            yield piece
+
+    if not isinstance(template, DocumentTemplate):
+        yield from (piece.batch for piece in noted() if piece.batch is not None)
+        return
+    blocks = template.cut(document for piece in noted() for document in piece.documents)
+    while chunk := list(islice(blocks, _CHUNK)):
+        yield _batch([row_of(block, None, names) for block, names in chunk])
+
+
+def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+
 def chosen(source: FileSource, share: Share, on_error: OnError | None = None) -> Iterator[Example]:
     """The source's rows of a share. Bad ones go to `on_error`; without one, the first is raised."""
     for example in source.examples(on_error):
-        if share == ALL or share[0] <= place_of(example) < share[1]:
+        if _is_in(share, example):
             yield example
+
+
+def _is_in(share: Share, example: Example) -> bool:
+    return share == ALL or share[0] <= place_of(example) < share[1]
 
 
 Encoded = tuple[Sample, "Sample | None", "Example | list[str]"]

@@ -29,10 +29,20 @@ class PrepareReport:
 
     def drop(self, error: RowError) -> None:
         """Count a row that cannot be used."""
-        problems = self.dropped.setdefault(error.reason, Problems())
-        problems.count += 1
-        if len(problems.examples) < EXAMPLES:
-            problems.examples.append(str(error))
+        self.add(error.reason, Problems(1, [str(error)]))
+
+    def add(self, reason: str, problems: Problems) -> None:
+        """Count rows with a kind of problem, whose messages come after those that are there."""
+        known = self.dropped.setdefault(reason, Problems())
+        known.count += problems.count
+        known.examples += problems.examples[: EXAMPLES - len(known.examples)]
+
+    def merge(self, later: PrepareReport) -> None:
+        """Count what became of later rows of the same split."""
+        self.rows += later.rows
+        self.kept += later.kept
+        for reason, problems in later.dropped.items():
+            self.add(reason, problems)
 
     @property
     def num_dropped(self) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lavis.config.recipe import Recipe
-    from lavis.data.prepare import Template
+    from lavis.data.fingerprint import Template
 
 SUPERVISED, MASKED, IMAGE = "bold green", "dim", "magenta"
 LEGEND = Text.assemble(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from lavis.config.schema import DataEntry
@@ -30,6 +30,9 @@ class FileSource:
     key: dotted key of the entry in the recipe, for messages. split: name of its results.
     A source of another kind overrides `files` (what its rows depend on), `rows` and `image_root`.
     """
+
+    bytes_read = 0
+    """How much of its files `rows` has read."""
 
     def __init__(self, entry: DataEntry, key: str, split: str) -> None:
         self.entry, self.key, self.split = entry, key, split
@@ -59,23 +62,37 @@ class FileSource:
 
     def rows(self, on_error: OnError | None = None) -> Iterator[tuple[str, Row]]:
         """Rows, each with the name by which messages call it. `on_error`: see read_rows."""
+        before = 0
         for file in self.files():
-            for number, row in read_rows(file, on_error):
+            for number, row in read_rows(file, on_error, partial(self._note, before)):
                 yield where_of(file, number), row
+            before += file.stat().st_size
+
+    def _note(self, before: int, count: int) -> None:
+        self.bytes_read = before + count
 
     def examples(self, on_error: OnError | None = None) -> Iterator[Example]:
         """What the rows say, after the text processor.
 
         Bad rows go to `on_error`; without one, the first is raised as a RowError.
         """
-        process = text_processor(self.entry.text)
         for where, row in self.rows(on_error):
             try:
-                yield self._processed(self._checked(self._read(row, where), where), process)
+                example = self.example(where, row)
             except RowError as error:
                 if on_error is None:
                     raise
                 on_error(error)
+                continue
+            yield example
+
+    def example(self, where: str, row: Row) -> Example:
+        """What the row that messages call `where` says, after the text processor. Raises RowError for a bad one."""
+        return self._processed(self._checked(self._read(row, where), where), self._process)
+
+    @cached_property
+    def _process(self) -> Callable[[str], str]:
+        return text_processor(self.entry.text)
 
     def _read(self, row: Row, where: str) -> Example:
         try:

@@ -49,9 +49,13 @@ class DocumentTemplate:
 
     def blocks(self, documents: Iterable[Document]) -> Iterator[tuple[Sample, list[str]]]:
         """Blocks in order, each with the ids of the documents it holds a piece of."""
+        return self.cut(self.tokens(documents))
+
+    def cut(self, documents: Iterable[tuple[str, list[int]]]) -> Iterator[tuple[Sample, list[str]]]:
+        """As `blocks`, of what `tokens` made of the documents."""
         ids: list[int] = []
         pieces: list[tuple[str, int]] = []
-        for name, tokens in self._tokens(documents):
+        for name, tokens in documents:
             start = 0
             while start < len(tokens):
                 piece = tokens[start : start + self.max_length - len(ids)]
@@ -64,7 +68,8 @@ class DocumentTemplate:
         if ids:
             yield _block(ids, pieces)
 
-    def _tokens(self, documents: Iterable[Document]) -> Iterator[tuple[str, list[int]]]:
+    def tokens(self, documents: Iterable[Document]) -> Iterator[tuple[str, list[int]]]:
+        """The id of each document with all of its tokens, begin and end included."""
         iterator = iter(documents)
         while chunk := list(islice(iterator, _CHUNK)):
             encoded = self._encoder.encode_all(document.text for document in chunk)
