@@ -22,7 +22,7 @@ from lavis.core.errors import DataError
 from lavis.core.paths import cache_root
 from lavis.core.types import Conversation, Document, Example, MediaRef, Message, Pair, RowError, Sample
 from lavis.data.files import OnError, Row
-from lavis.data.fingerprint import ALL, Share, Template, fingerprint
+from lavis.data.fingerprint import ALL, Share, TableKey, Template
 from lavis.data.image import UNREADABLE, upright_size
 from lavis.data.pool import ordered_map
 from lavis.data.progress import Progress
@@ -41,12 +41,13 @@ def prepare(source: FileSource, template: Template, share: Share = ALL, processe
     """The prepared table of a source's rows, or of a share of them; made under cache/prepared if it is not there yet,
     by so many processes: the table is the same, bit for bit, for any number.
 
-    It is keyed by the contents of the files, the settings that matter and the template; processes that make the same
-    table at the same time do not disturb each other. Bad rows are dropped and counted in its report.
+    It is keyed by the contents of the files, the settings that matter and the template (see TableKey); processes
+    that make the same table at the same time do not disturb each other. Bad rows are dropped and counted in its report.
     Raises DataError if the files cannot be read or no row can be used.
     """
     root = cache_root() / "prepared"
-    folder = root / fingerprint(source, template, share)
+    key = TableKey(root, source, template, share)
+    folder = key.folder()
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".", dir=root))
@@ -55,6 +56,7 @@ def prepare(source: FileSource, template: Template, share: Share = ALL, processe
             _publish(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+    key.remember(folder)
     table = PreparedTable(folder, source.image_root)
     logger.info("%s %s: %s", source.name, source.split, table.report.summary())
     return table
