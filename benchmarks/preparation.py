@@ -5,7 +5,7 @@ Rows like those of LLaVA's instruction data (1 to 5 turns, a picture in nine of 
 32,000 entries are made in a temporary folder. Each start is a process of its own that opens the tokenizer and prepares:
 the first start makes the table, the second finds it. Memory is the resident memory of the process and those that it
 starts, added up (what they share counts in each), at its largest of ten looks a second. What an image-loading worker
-costs is the memory that belongs to it alone.
+costs is the memory that it has written to and shares with no one; pages of the table that it has read can go any time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ found = {"rows": table.report.rows, "kept": len(table), "tokens": int(table.leng
 found |= {"prepare_seconds": ended - opened, "tokenizer_seconds": opened - began, "folder": str(table.folder)}
 """
 LOAD = """
-import os, psutil
+import psutil, re
 from lavis.data.loader import ImageFolder, TrainLoader
 from lavis.data.sampler import StepPlan
 plan = StepPlan(table.lengths, batch_size=4, accum=2, world_size=1, seed=0, length_grouping=True, pack_length=None,
@@ -59,7 +59,8 @@ loader = TrainLoader([table], plan, ImageFolder(processor), 0, rank=0, num_worke
 steps = loader.steps(0)
 for _ in range(20):
     next(steps)
-found["worker_mb"] = max(child.memory_full_info().uss for child in psutil.Process().children()) / 1e6
+own = lambda pid: int(re.search(r"Private_Dirty: +(\\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1]) * 1024
+found["worker_mb"] = max(own(child.pid) for child in psutil.Process().children()) / 1e6
 """
 
 
@@ -124,6 +125,7 @@ def start(folder: Path, cache: Path, processes: int, then: str = "") -> dict[str
         [sys.executable, "-c", code, str(folder), str(processes)],
         env=os.environ | {"LAVIS_CACHE": str(cache)},
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if then else None,  # PyTorch warns of more workers than cores
         text=True,
     )
     watched = psutil.Process(child.pid)

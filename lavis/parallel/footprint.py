@@ -10,17 +10,13 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -28,6 +24,8 @@ from lavis.models.configs import VlmConfig
 from lavis.models.llm import DTYPES, hidden_states
 from lavis.models.scoring import Scorer
 from lavis.models.stages import Part, Stage, llm_part
+from lavis.models.vlm import Vlm
+from lavis.parallel.costs import CostMode, Spent
 
 _IMAGE_ID = 1
 """Stands for the placeholder's id: which it is has no effect on costs."""
@@ -35,6 +33,7 @@ _DEPTH = 2
 """Blocks of LLM and tower that are run; what a block more costs is known from running one more."""
 _QUANTIZED = {None: 1.0, "int8": 0.5, "int4": 4.5 / 16}
 """Bytes of a block's weights relative to 16 bits a weight; NF4 has a scale of 32 bits for 64 weights."""
+_Step = Callable[[torch.Tensor], torch.Tensor]
 _UNMASKED = "unmasked_sdpa"
 # With data transformers sees that rows are not packed and does without a mask; with shapes alone it can't. For an
 # attention that it knows no mask of, it makes none: this is the same function by another name.
@@ -116,15 +115,34 @@ def _sum(terms: Iterable[tuple[int, Footprint]]) -> Footprint:
     return Footprint(*(sum(n * getattr(f, field.name) for n, f in terms) for field in fields(Footprint)))
 
 
+class Modules:
+    """The shallow stages of a model that footprints run. Each is built once for batches of all shapes, and what
+    frozen parts do with images is found once for all stages behind them.
+    """
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode()
+        self.stages: dict[tuple[object, ...], Stage] = {}
+        self.spent: dict[tuple[str, int, torch.Size], Spent] = {}
+
+
 class Footprints:
     """Footprints of stages of a model, of any depth: a few shallow ones of each kind are run, and what lies between
     them is multiplied.
+
+    modules: shared by footprints of the same model and precision.
     """
 
     def __init__(
-        self, config: VlmConfig, llm_config: PreTrainedConfig, batch: MicroBatch, precision: Precision
+        self,
+        config: VlmConfig,
+        llm_config: PreTrainedConfig,
+        batch: MicroBatch,
+        precision: Precision,
+        modules: Modules | None = None,
     ) -> None:
         self.batch, self.blocks = batch, llm_config.num_hidden_layers
+        self._modules = modules or Modules()
         self._config, self._llm_config, self._precision = config, llm_config, precision
         self._tower_depth = (config.tower.blocks() or 0) if config.tower else 0
         # on the instance: a cache of the class would keep all instances alive
@@ -155,18 +173,45 @@ class Footprints:
         return self._cached(2, 0, False, False).weight_bytes - self._cached(1, 0, False, False).weight_bytes
 
     def _trace(self, blocks: int, tower_depth: int, first: bool, last: bool) -> Footprint:
-        # which stage it is shows in nothing but whether it is the first or the last
-        part = Part(0 if first else 1, (1 if first else 2) + (not last), 0, blocks)
         with torch.random.fork_rng(devices=[]):  # a run that is planned goes on as if it were not
-            stage = _build(
-                _bare(self._config, tower_depth), _deep_enough(self._llm_config, blocks), part, self._precision
-            )
+            stage = self._built(blocks, tower_depth, first, last)
+            with self._modules.mode, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what autocast has to say of this machine's processor
+                costs = CostMode([*stage.parameters(), *stage.buffers()])
+                if first:
+                    self._frozen_parts(stage.front, tower_depth, costs)
+                return _run(stage, self.batch, self._precision, costs)
+
+    def _built(self, blocks: int, tower_depth: int, first: bool, last: bool) -> Stage:
+        key = (blocks, tower_depth, first, last, self._config.recomputes, self.batch.samples == 1)
+        if key not in self._modules.stages:
+            # which stage it is shows in nothing but whether it is the first or the last
+            part = Part(0 if first else 1, (1 if first else 2) + (not last), 0, blocks)
+            config, llm_config = _bare(self._config, tower_depth), _deep_enough(self._llm_config, blocks)
+            stage = _build(config, llm_config, part, self._precision)
             if self.batch.samples == 1 and stage.llm.config._attn_implementation == "sdpa":
                 stage.llm.set_attn_implementation(_UNMASKED)
-            with FakeTensorMode(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what autocast has to say of this machine's processor
+            with self._modules.mode:
                 _place(stage)
-                return _run(stage, self.batch, self._precision)
+            self._modules.stages[key] = stage
+        return self._modules.stages[key]
+
+    def _once(self, part: str, tower_depth: int, step: _Step, costs: CostMode, images: torch.Tensor) -> torch.Tensor:
+        """What a frozen part makes of images: run the first time, and known from then on."""
+        key, spent = (part, tower_depth, images.shape), self._modules.spent
+        if key in spent:
+            return costs.spend(spent[key])
+        out, spent[key] = costs.spent(partial(step, images))
+        return out
+
+    def _frozen_parts(self, front: Vlm, tower_depth: int, costs: CostMode) -> None:
+        """Have `front` run the parts of it that have no graph once for all stages behind them."""
+        tower, connector = front.visual_encoder, front.connector
+        if tower is not None and not tower.trained:
+            vars(tower)["encode"] = partial(self._once, "tower", tower_depth, partial(type(tower).encode, tower), costs)
+        if connector is not None and front.tower_frozen:
+            step = partial(type(connector).encode, connector)
+            vars(connector)["encode"] = partial(self._once, "connector", 0, step, costs)
 
 
 def _bare(config: VlmConfig, tower_depth: int) -> VlmConfig:
@@ -217,9 +262,8 @@ def _drop_gradient(p: nn.Parameter) -> None:
     p.grad = None
 
 
-def _run(stage: Stage, batch: MicroBatch, precision: Precision) -> Footprint:
+def _run(stage: Stage, batch: MicroBatch, precision: Precision, costs: CostMode) -> Footprint:
     part, config = stage.part, stage.config
-    costs = CostMode([*stage.parameters(), *stage.buffers()])
     autocast = torch.autocast("cpu", precision.amp or torch.bfloat16, enabled=precision.amp is not None)
     with costs:
         positions = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
@@ -272,45 +316,3 @@ def _images(config: VlmConfig, batch: MicroBatch) -> torch.Tensor | None:
     if batch.cached:
         return torch.empty(batch.images, *connector.encoded(tower.span(), tower.width()))
     return torch.empty(batch.images, 3, tower.image_size, tower.image_size)
-
-
-class CostMode(TorchDispatchMode):
-    """Counts FLOPs, and the bytes of tensors made inside it that are alive: `now`, and at most since the last `lap`.
-
-    `known` tensors are not counted.
-    """
-
-    # torch's FlopCounterMode would do for the first half, but its module tracker keeps tensors alive.
-
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self._most = self.flops = 0
-        self._storages = {t.untyped_storage()._cdata for t in known}
-
-    def lap(self) -> int:
-        """The most since the last call."""
-        most, self._most = self._most, self.now
-        return most
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
-        if formula:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-        self._storages.add(key)
-        self.now += size
-        self._most = max(self._most, self.now)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._storages.discard(key)
-        self.now -= size

@@ -25,7 +25,7 @@ from lavis.data.sources import has_images
 from lavis.models.configs import VlmConfig
 from lavis.models.llm import new_config
 from lavis.models.stages import SPLITTABLE
-from lavis.parallel.footprint import Footprint, Footprints, MicroBatch, Precision
+from lavis.parallel.footprint import Footprint, Footprints, MicroBatch, Modules, Precision
 from lavis.parallel.layout import BUCKET_BYTES, Layout
 from lavis.weights.gguf import gguf_arguments, is_gguf
 from lavis.weights.qwen1 import qwen2_config
@@ -191,6 +191,7 @@ class Planner:
         self.config: VlmConfig = config
         self.recipe, self.data, self.machine = recipe, data, machine
         self.llm_config = planned_llm(config)
+        self._modules = Modules()
         self._footprints = functools.cache(self._make_footprints)  # of this instance, and gone with it
         self.tokens = tokens or (data.pack_length if data.packing else config.max_length)
         sees = config.sees and (any(has_images(e) for _, e in data.entries()) or not data.train)
@@ -219,7 +220,8 @@ class Planner:
             self.row_samples,
             self.data.cache_features is True,
         )
-        return Footprints(self.config.with_recomputation(recompute), self.llm_config, batch, self.precision)
+        config = self.config.with_recomputation(recompute)
+        return Footprints(config, self.llm_config, batch, self.precision, self._modules)
 
     def split(self, stages: int, rows: int, recompute: bool) -> list[int]:
         """Blocks of each stage such that the dearest one is as cheap as can be.

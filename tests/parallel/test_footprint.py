@@ -9,7 +9,7 @@ from transformers import Qwen2Config
 from lavis.models.scoring import Scorer
 from lavis.models.stages import Part, Stage
 from lavis.models.vlm import Vlm
-from lavis.parallel.footprint import CostMode, Footprints, MicroBatch, Precision
+from lavis.parallel.footprint import CostMode, Footprints, MicroBatch, Modules, Precision
 from tests.models.conftest import IMAGE_ID, VOCAB, model_config, tower_settings
 
 BATCH = MicroBatch(rows=3, tokens=50, images=3, supervised=40)
@@ -131,3 +131,32 @@ def test_planning_leaves_the_random_numbers_alone():
     torch.manual_seed(1)
     Footprints(settings(), LLM, BATCH, Precision()).stage(DEPTH)
     assert torch.equal(torch.rand(3), expected)
+
+
+class Anew(Footprints):
+    """Builds each stage anew for each batch, and runs all of it."""
+
+    def _built(self, *shape):
+        self._modules = Modules()
+        return super()._built(*shape)
+
+    def _frozen_parts(self, *_):
+        pass
+
+
+FROZEN_BESIDE_TRAINED = {
+    "trained tower alone": {"freeze_vit": False},
+    "trained Q-Former": {"freeze_qformer": False, "qformer_dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *FROZEN_BESIDE_TRAINED])
+def test_what_is_run_once_counts_as_if_it_were_run_each_time(name):
+    """Stages are built once for all batches, and frozen parts run once for all stages: no number changes by that."""
+    config = settings(**(CHANGES | FROZEN_BESIDE_TRAINED)[name])
+    amp = torch.bfloat16 if name != "projection" else None
+    precision, modules = Precision(amp, amp or torch.float32, amp or torch.float32), Modules()
+    for batch in (BATCH, replace(BATCH, rows=1, images=1)):
+        once, anew = Footprints(config, LLM, batch, precision, modules), Anew(config, LLM, batch, precision)
+        for blocks, last in ((DEPTH, True), (2, False)):
+            assert once.stage(blocks, last=last) == anew.stage(blocks, last=last)
