@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
@@ -67,7 +68,7 @@ def test_weights_are_shares_of_an_epoch(cache: Path, recipe_of, tokenizer: PreTr
     from lavis.core.dist import World
 
     recipe = recipe_of({"train": entries, "num_workers": 0}, batch_size_train=4)
-    data = RunData(recipe, Task, World(0, 0, 1, None))
+    data = RunData(recipe, Task, World(0, 0, 1, torch.device("cpu")))
     plan: StepPlan = data.plan
     rows = [
         i
