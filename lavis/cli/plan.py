@@ -9,6 +9,8 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from lavis.core.collection import no_collection
+
 if TYPE_CHECKING:
     from lavis.parallel.plan import Machine, Plan, Planner
 
@@ -35,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plans; 0 if one fits, else 1."""
+    with no_collection():  # what it makes is small and gone at its end
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from lavis.config.recipe import load_recipe
     from lavis.core.errors import ConfigError
     from lavis.parallel.plan import Planner

@@ -124,6 +124,7 @@ class Modules:
         self.mode = FakeTensorMode()
         self.stages: dict[tuple[object, ...], Stage] = {}
         self.spent: dict[tuple[str, int, torch.Size], Spent] = {}
+        self.fronts: dict[tuple[MicroBatch, int], Footprint] = {}
 
 
 class Footprints:
@@ -157,22 +158,43 @@ class Footprints:
         low, tower_low = min(blocks, _DEPTH), min(self._tower_depth, _DEPTH)
         base = self._cached(low, tower_low, first, last)
         terms = [(1, base)]
-        for count, shape in (
-            (blocks - low, (low + 1, tower_low)),
-            ((self._tower_depth - tower_low) * first, (low, tower_low + 1)),
-        ):
-            if count:
-                terms += [(count, self._cached(*shape, first, last)), (-count, base)]
+        if count := blocks - low:
+            terms += [(count, self._cached(low + 1, tower_low, first, last)), (-count, base)]
+        if count := (self._tower_depth - tower_low) * first:
+            terms += [(count, self._deeper(low, tower_low, last)), (-count, base)]
         whole = _sum(terms)
         # a trace has no quantised kernels: it runs 16-bit weights, and what those take less is subtracted
         kind = self._config.llm.quantization
         saved = (1 - _QUANTIZED[kind]) * blocks * self._block_bytes() if kind else 0.0
         return replace(whole, weight_bytes=whole.weight_bytes - saved)
 
+    def _deeper(self, blocks: int, tower_depth: int, last: bool) -> Footprint:
+        """A first stage whose tower has a block more than `tower_depth`: a frozen one changes nothing behind it."""
+        base = self._cached(blocks, tower_depth, True, last)
+        tower = self._built(blocks, tower_depth, True, last).front.visual_encoder
+        if tower is None or tower.trained:
+            return self._cached(blocks, tower_depth + 1, True, last)
+        low, deep = (self._front(depth) for depth in (tower_depth, tower_depth + 1))
+        return replace(
+            base,
+            parameters=base.parameters + deep.parameters - low.parameters,
+            weight_bytes=base.weight_bytes + deep.weight_bytes - low.weight_bytes,
+            largest_bytes=max(base.largest_bytes, deep.largest_bytes),
+            front_peak=deep.front_peak,
+            forward_flops=base.forward_flops + deep.forward_flops - low.forward_flops,
+        )
+
+    def _front(self, tower_depth: int) -> Footprint:
+        """What comes before the blocks."""
+        fronts, key = self._modules.fronts, (self.batch, tower_depth)
+        if key not in fronts:
+            fronts[key] = self._trace(1, tower_depth, True, False, front_alone=True)
+        return fronts[key]
+
     def _block_bytes(self) -> float:
         return self._cached(2, 0, False, False).weight_bytes - self._cached(1, 0, False, False).weight_bytes
 
-    def _trace(self, blocks: int, tower_depth: int, first: bool, last: bool) -> Footprint:
+    def _trace(self, blocks: int, tower_depth: int, first: bool, last: bool, front_alone: bool = False) -> Footprint:
         with torch.random.fork_rng(devices=[]):  # a run that is planned goes on as if it were not
             stage = self._built(blocks, tower_depth, first, last)
             with self._modules.mode, warnings.catch_warnings():
@@ -180,7 +202,7 @@ class Footprints:
                 costs = CostMode([*stage.parameters(), *stage.buffers()])
                 if first:
                     self._frozen_parts(stage.front, tower_depth, costs)
-                return _run(stage, self.batch, self._precision, costs)
+                return _run(stage, self.batch, self._precision, costs, front_alone)
 
     def _built(self, blocks: int, tower_depth: int, first: bool, last: bool) -> Stage:
         key = (blocks, tower_depth, first, last, self._config.recomputes, self.batch.samples == 1)
@@ -262,7 +284,9 @@ def _drop_gradient(p: nn.Parameter) -> None:
     p.grad = None
 
 
-def _run(stage: Stage, batch: MicroBatch, precision: Precision, costs: CostMode) -> Footprint:
+def _run(
+    stage: Stage, batch: MicroBatch, precision: Precision, costs: CostMode, front_alone: bool = False
+) -> Footprint:
     part, config = stage.part, stage.config
     autocast = torch.autocast("cpu", precision.amp or torch.bfloat16, enabled=precision.amp is not None)
     with costs:
@@ -277,6 +301,8 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision, costs: CostMode)
                 crossing = torch.float32 if config.llm.train == "full" else precision.frozen_llm
                 embeds = torch.empty(batch.rows, batch.tokens, width, dtype=crossing, requires_grad=True)
             front_peak = costs.lap()
+            if front_alone:
+                return _found(stage, front_peak=front_peak, forward_flops=costs.flops)
             out = hidden_states(stage.llm, embeds, positions, (batch.runs,) * batch.rows)
             if part.is_first:
                 del embeds  # a later stage's input waits for the gradient that is sent back
@@ -292,6 +318,18 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision, costs: CostMode)
         if out.requires_grad:  # not if there is no image and the projection alone is trained
             out.backward(torch.ones_like(out))
         back_peak = costs.lap()
+    return _found(stage, held, front_peak, blocks_peak, back_peak, forward_flops, costs.flops - forward_flops)
+
+
+def _found(
+    stage: Stage,
+    held: int = 0,
+    front_peak: int = 0,
+    blocks_peak: int = 0,
+    back_peak: int = 0,
+    forward_flops: int = 0,
+    backward_flops: int = 0,
+) -> Footprint:
     own = {id(p): p for p in stage.parameters()}.values()  # tied ones once
     trained = [p.numel() for p in own if p.requires_grad]
     return Footprint(
@@ -305,7 +343,7 @@ def _run(stage: Stage, batch: MicroBatch, precision: Precision, costs: CostMode)
         blocks_peak=blocks_peak,
         back_peak=back_peak,
         forward_flops=forward_flops,
-        backward_flops=costs.flops - forward_flops,
+        backward_flops=backward_flops,
     )
 
 

@@ -11,15 +11,30 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lavis.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 log = logging.getLogger(__name__)
+
+
+def _bar() -> Progress:
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
 class Tracker(Protocol):
@@ -92,14 +107,7 @@ class MetricsLog:
         self.started, self.first_step = time.perf_counter(), step
         self.progress: Progress | None = None
         if sys.stderr.isatty():
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self.progress = Progress(*columns, console=Console(stderr=True))
+            self.progress = _bar()
             self.bar = self.progress.add_task("", total=total_steps, completed=step)
             self.progress.start()
 

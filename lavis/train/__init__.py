@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from lavis.core.collection import no_collection
+
 if TYPE_CHECKING:
     from lavis.config.recipe import Recipe
 
@@ -16,7 +18,8 @@ def train_recipe(recipe: Recipe) -> int:
 
     One of several ranks ends its process with it.
     """
-    from lavis.train.run import run_recipe
+    with no_collection():
+        from lavis.train.run import run_recipe
 
     run_recipe(recipe)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

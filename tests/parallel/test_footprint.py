@@ -143,6 +143,9 @@ class Anew(Footprints):
     def _frozen_parts(self, *_):
         pass
 
+    def _deeper(self, blocks, tower_depth, last):
+        return self._cached(blocks, tower_depth + 1, True, last)
+
 
 FROZEN_BESIDE_TRAINED = {
     "trained tower alone": {"freeze_vit": False},
