@@ -28,7 +28,7 @@ from lavis.data.pool import ordered_map
 from lavis.data.progress import Progress
 from lavis.data.report import PrepareReport, Problems
 from lavis.data.sources import FileSource, place_of
-from lavis.data.table import FILE, REPORT, SCHEMA, PreparedTable, row_of
+from lavis.data.table import FILE, REPORT, SCHEMA, PreparedTable, record_batch, row_of
 from lavis.tokens.document import DocumentTemplate
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _encode(source: FileSource, template: Template, share: Share, items: Sequenc
     if isinstance(template, DocumentTemplate):
         return _Piece(report, None, list(template.tokens(_counted(examples, report))))
     rows = [row_of(*row) for row in encoded(examples, template, source.image_root, report)]
-    return _Piece(report, _batch(rows) if rows else None, [])
+    return _Piece(report, record_batch(rows) if rows else None, [])
 
 
 def _examples(source: FileSource, share: Share, items: Iterable[Item], report: PrepareReport) -> Iterator[Example]:
@@ -198,11 +198,7 @@ def _batches(
         return
     blocks = template.cut(document for piece in noted() for document in piece.documents)
     while chunk := list(islice(blocks, _CHUNK)):
-        yield _batch([row_of(block, None, names) for block, names in chunk])
-
-
-def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+        yield record_batch([row_of(block, None, names) for block, names in chunk])
 
 
 def chosen(source: FileSource, share: Share, on_error: OnError | None = None) -> Iterator[Example]:
