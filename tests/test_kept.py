@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from lavis.cli import main
@@ -50,8 +51,12 @@ def kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_recipes_and_saved_configurations_are_read(kept, name):
-    """The flat recipe and the configuration that was saved with all its values mean the same."""
-    recipe, saved = load_recipe(f"recipes/{name}.yaml"), load_recipe(f"runs/{name}/config.yaml")
+    """The flat recipe, with what was the default then, and the configuration that was saved with all its values mean
+    the same.
+    """
+    given = yaml.safe_load(Path(f"recipes/{name}.yaml").read_text())["run"].get("cache_features", False)
+    recipe = load_recipe(f"recipes/{name}.yaml", [f"run.cache_features={str(given).lower()}"])
+    saved = load_recipe(f"runs/{name}/config.yaml")
     assert (recipe.model, recipe.data, recipe.run) == (saved.model, saved.data, saved.run)
     of_checkpoint = load_recipe(f"runs/{name}/checkpoints/step-3/config.yaml")
     assert (of_checkpoint.data, of_checkpoint.run) == (saved.data, saved.run)
@@ -138,10 +143,11 @@ def assert_goes_on_as_it_would_have(run):
     same = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()} == made
     # Another torch or processor adds up in another order.
     close = {"rel": 0, "abs": 0} if same else {"rel": 1e-5, "abs": 1e-7}
-    for got, want in ((train, EXPECTED["resumed"]["train"]), (valid, EXPECTED["resumed"]["valid"])):
-        assert len(got) == len(want)
-        for row, expected in zip(got, want, strict=True):
-            assert row == pytest.approx(expected, **close)
+    want = EXPECTED["resumed"]
+    assert [row[:3] for row in train] == [pytest.approx(row[:3], **close) for row in want["train"]]
+    assert valid == [pytest.approx(row, **close) for row in want["valid"]]
+    # A frozen head gives its gradient beside the loss, which is scaled afterwards and was before: the last bit differs.
+    assert [row[3] for row in train] == pytest.approx([row[3] for row in want["train"]], rel=1e-5 if not same else 3e-7)
     assert (run / "summary.json").is_file() and (run / "checkpoints/step-6/COMPLETE").is_file()
 
 

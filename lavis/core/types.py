@@ -191,6 +191,8 @@ class Batch:
     predicting: int64 [supervised_tokens], the positions whose next token is supervised; placeholders: int64 [n], those
         that pictures fill. Both count through [B * L], and are known here so that no one has to look for them in what
         lies on a GPU, which would wait for all that it has still to do. None: not told.
+    about: the input_ids, labels and position_ids that these four are about. They are taken for nothing in a batch that
+        has others, as one that `replace` made; see `known`.
     """
 
     input_ids: torch.Tensor
@@ -207,6 +209,19 @@ class Batch:
     beginning: tuple[int, ...] = ()
     predicting: torch.Tensor | None = None
     placeholders: torch.Tensor | None = None
+    about: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def known(self) -> Batch:
+        """This batch, without what is told of its positions if that was about other ones."""
+        own = (self.input_ids, self.labels, self.position_ids)
+        if len(self.about) == len(own) and all(a is b for a, b in zip(self.about, own, strict=True)):
+            return self
+        return replace(self, runs=(), beginning=(), predicting=None, placeholders=None, about=())
+
+    def told(self, **facts: Any) -> Batch:
+        """The batch with `facts` (runs, beginning, predicting, placeholders) that are about its positions."""
+        return replace(self, **facts, about=(self.input_ids, self.labels, self.position_ids))
 
     @property
     def num_pad(self) -> int:
@@ -217,7 +232,8 @@ class Batch:
         """(vectors, token ids) of the positions that are learned: what `hidden` [B, L, D] says of the next token, and
         which that is.
         """
-        at = predicting(self.labels) if self.predicting is None else self.predicting
+        told = self.known.predicting
+        at = predicting(self.labels) if told is None else told
         return hidden.flatten(0, 1).index_select(0, at), self.labels.flatten().index_select(0, at + 1)
 
     def to(self, device: Any) -> Batch:
@@ -235,8 +251,10 @@ class Batch:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **tensors)
+        known = self.known
+        tensors: dict[str, Any] = {name: change(tensor) for name, tensor in known.tensors().items()}
+        changed = replace(known, **tensors)
+        return changed.told() if known.about else changed
 
 
 def predicting(labels: torch.Tensor) -> torch.Tensor:

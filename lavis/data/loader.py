@@ -154,11 +154,12 @@ def collate(
         num_samples=sum(map(len, samples)),
         lengths=tuple(lengths),
         bad_images=bad_images,
+        **images,
+    ).told(
         runs=tuple(pieces),
         beginning=beginning if all(_begins(s, beginning) for row in samples for s in row) else (),
         predicting=where,
         placeholders=torch.tensor(placeholders, dtype=torch.long),
-        **images,
     )
 
 

@@ -36,7 +36,8 @@ Runs = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Samples:
-    """Lengths of the samples of a row [1, T], which stands where transformers has an attention mask.
+    """Lengths of the samples of a row [1, T], which stands where transformers has an attention mask. Empty: rows of one
+    sample each, padded on the right or not at all.
 
     prefix: for each layer, keys and values [1, H, P, D] of tokens that stand before every sample.
     """
@@ -92,6 +93,11 @@ def prepared(llm: PreTrainedModel) -> bool:
 def runs_of(position_ids: torch.Tensor) -> Runs:
     """The runs of rows whose positions begin again at 0 with each; padding that goes on counting is in the last."""
     return tuple(tuple(_gaps([*_zeros(row), len(row)])) for row in position_ids.tolist())
+
+
+def are_packed(runs: Runs) -> bool:
+    """Whether any row holds several samples."""
+    return any(len(row) > 1 for row in runs)
 
 
 def places(runs: Runs, width: int, device: torch.device, skipped: int = 0) -> torch.Tensor | None:
@@ -151,6 +157,8 @@ def _attend(
     """As every attention of transformers: [1, H, T, D] and keys and values of H or fewer heads -> [1, T, H, D]."""
     if not isinstance(attention_mask, Samples):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if not attention_mask.lengths:
+        return _one(module, query, key, value, None, **settings), None
     prefix = attention_mask.prefix[cast(int, module.layer_idx)] if attention_mask.prefix else None
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not settings.get("dropout"):
         return _by_kernel(query, key, value, attention_mask, prefix, **settings), None

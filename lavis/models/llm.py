@@ -20,7 +20,18 @@ from transformers.utils import logging as transformers_logging
 
 from lavis.core.errors import CheckpointError, ConfigError
 from lavis.core.paths import resolve
-from lavis.models.attention import Runs, Samples, attending, first_places, flat, in_rows, places, prepared, runs_of
+from lavis.models.attention import (
+    Runs,
+    Samples,
+    are_packed,
+    attending,
+    first_places,
+    flat,
+    in_rows,
+    places,
+    prepared,
+    runs_of,
+)
 from lavis.models.beginning import Beginning
 from lavis.models.parts import LlmConfig
 from lavis.weights.gguf import gguf_arguments, is_gguf
@@ -179,34 +190,46 @@ def hidden_states(
     position_ids: torch.Tensor,
     runs: Runs = (),
     beginning: Beginning | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """The last hidden states [B, L, D] of inputs_embeds [B, L, D], behind the final norm.
 
     position_ids: int64 [B, L], restarting with each packed sample. runs: lengths of the samples of each row, known
     without a look at the device; those that positions say if not given. beginning: of all samples, not run again.
     Padding is not run, and gives zeros; an LLM that cannot attend within samples runs it, and transformers masks
-    attention by the positions.
+    attention by the positions. in_place: rows of one sample keep their padding, so that what is dropped out, which is
+    drawn for a shape, does not depend on how others are padded.
     """
     if not prepared(llm):
         out = llm.base_model(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
         return out.last_hidden_state
-    runs, (rows, width), device = runs or runs_of(position_ids), position_ids.shape, inputs_embeds.device
+    runs = runs or runs_of(position_ids)
+    if in_place and not are_packed(runs):
+        return _attending(llm, Samples(()), inputs_embeds, position_ids)
+    (rows, width), device = position_ids.shape, inputs_embeds.device
     before = len(beginning) if beginning else 0
     where = places(runs, width, device, before)
-    joined = flat(inputs_embeds, where)
     lengths = tuple(length - before for row in runs for length in row)
-    # with a mask given, transformers does not look for borders in the positions, for which the host would wait
-    seen = torch.ones(1, 1, dtype=torch.bool, device=device).expand(1, joined.shape[1])
-    with attending(Samples(lengths, beginning.layers if beginning else ())):
-        out = llm.base_model(
-            inputs_embeds=joined, attention_mask=seen, position_ids=flat(position_ids, where), use_cache=False
-        )
-    hidden = in_rows(out.last_hidden_state, where, (rows, width))
+    samples = Samples(lengths, beginning.layers if beginning else ())
+    out = _attending(llm, samples, flat(inputs_embeds, where), flat(position_ids, where))
+    hidden = in_rows(out, where, (rows, width))
     if beginning is None:
         return hidden
     at = first_places(runs, width, device, before)
     first = beginning.hidden[0].to(hidden.dtype).repeat(len(lengths), 1)
     return hidden.flatten(0, 1).index_copy(0, at, first).view_as(hidden)
+
+
+def _attending(
+    llm: PreTrainedModel, samples: Samples, inputs_embeds: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    # with a mask given, transformers does not look for borders in the positions, for which the host would wait
+    seen = torch.ones(1, 1, dtype=torch.bool, device=inputs_embeds.device).expand(position_ids.shape)
+    with attending(samples):
+        out = llm.base_model(
+            inputs_embeds=inputs_embeds, attention_mask=seen, position_ids=position_ids, use_cache=False
+        )
+    return out.last_hidden_state
 
 
 def recompute_activations(llm: PreTrainedModel) -> None:

@@ -149,6 +149,11 @@ class LlmConfig(PartConfig):
         return self.recompute is True
 
     @property
+    def drops_out(self) -> bool:
+        """Whether adapters drop out some of what they read in training."""
+        return self.train == "lora" and self.lora.dropout > 0
+
+    @property
     def tokenizer_source(self) -> tuple[str, str | None]:
         """(key within the section, folder or hub name) of the tokenizer."""
         return ("tokenizer", self.tokenizer) if self.tokenizer else ("weights", self.weights)

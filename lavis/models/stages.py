@@ -241,7 +241,7 @@ class Stage(nn.Module):
             embeds, positions = inputs
         # No stage but the first could be told where samples begin; the host reads it off the positions, as it has
         # waited for DeepSpeed to learn their shape anyway.
-        hidden = hidden_states(self.llm, embeds, positions)
+        hidden = hidden_states(self.llm, embeds, positions, in_place=self.config.llm.drops_out)
         return hidden if self.part.is_last else (hidden, positions)
 
     def scorer(self) -> Scorer:

@@ -239,7 +239,7 @@ class Vlm(Composition):
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D]: the LLM's own, with each placeholder replaced by an image's vector."""
         images = batch.pixel_values if batch.features is None else batch.features
-        return self.embed_parts(batch.input_ids, images, batch.placeholders)
+        return self.embed_parts(batch.input_ids, images, batch.known.placeholders)
 
     def embed_parts(
         self, input_ids: torch.Tensor, images: torch.Tensor | None, where: torch.Tensor | None = None
@@ -266,10 +266,11 @@ class Vlm(Composition):
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The LLM's last hidden states [B, L, D], behind its final norm."""
-        llm, shared = self.llm_model, None
-        if self.shares_beginnings and batch.beginning and prepared(llm):
-            shared = self._beginnings.of(llm, batch.beginning)
-        return llms.hidden_states(llm, self.embed(batch), batch.position_ids, batch.runs, shared)
+        llm, shared, known = self.llm_model, None, batch.known
+        if self.shares_beginnings and known.beginning and prepared(llm):
+            shared = self._beginnings.of(llm, known.beginning)
+        in_place = self.config.llm.drops_out
+        return llms.hidden_states(llm, self.embed(batch), batch.position_ids, known.runs, shared, in_place=in_place)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.hidden(batch)

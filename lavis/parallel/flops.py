@@ -47,8 +47,8 @@ class Arithmetic:
 
     def units(self, batch: Batch) -> Costs:
         """How much of each unit is in a batch; what samples have in common is read once and costs nothing."""
-        shared = len(batch.beginning) if getattr(self.model, "shares_beginnings", False) else 0
-        pieces = [n for row in batch.runs or ((n,) for n in batch.lengths) for n in row]
+        shared = len(batch.known.beginning) if getattr(self.model, "shares_beginnings", False) else 0
+        pieces = [n for row in batch.known.runs or ((n,) for n in batch.lengths) for n in row]
         return {
             "tokens": sum(pieces) - shared * len(pieces),
             "pairs": sum(n * n - shared * shared for n in pieces),

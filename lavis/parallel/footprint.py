@@ -303,7 +303,7 @@ def _run(
             front_peak = costs.lap()
             if front_alone:
                 return _found(stage, front_peak=front_peak, forward_flops=costs.flops)
-            out = hidden_states(stage.llm, embeds, positions, (batch.runs,) * batch.rows)
+            out = hidden_states(stage.llm, embeds, positions, (batch.runs,) * batch.rows, in_place=config.llm.drops_out)
             if part.is_first:
                 del embeds  # a later stage's input waits for the gradient that is sent back
             blocks_peak, held, gradient_flops = costs.lap(), costs.now, 0

@@ -19,7 +19,7 @@ from lavis.core.errors import ConfigError
 from lavis.core.paths import resolve
 from lavis.core.registries import STRATEGIES
 from lavis.core.types import Batch
-from lavis.models.attention import flat, in_rows, places, prepared, runs_of
+from lavis.models.attention import are_packed, flat, in_rows, places, prepared, runs_of
 from lavis.models.llm import frozen_dtype
 from lavis.models.stages import Part, Stage, cut, llm_part, load_part, open_llm_of
 from lavis.objectives.base import Objective
@@ -138,19 +138,23 @@ class Pipeline(Strategy):
         images = batch.pixel_values if batch.features is None else batch.features
         images = torch.empty(0) if images is None else images
         ids, positions = batch.input_ids, batch.position_ids
-        if prepared(self.stage.llm):
+        if self._end_to_end(batch):
             where = self._places(batch)
             ids, positions = flat(ids, where), flat(positions, where)
         return (ids, positions, images), torch.tensor(index)
 
+    def _end_to_end(self, batch: Batch) -> bool:
+        """Whether the samples of `batch` go through the stages without its padding; see hidden_states."""
+        runs = batch.known.runs or runs_of(batch.position_ids)
+        return prepared(self.stage.llm) and (are_packed(runs) or not self.stage.config.llm.drops_out)
+
     def _places(self, batch: Batch) -> torch.Tensor | None:
         """Where samples are in the rows of `batch`, which go through the stages end to end."""
-        runs = batch.runs or runs_of(batch.position_ids)
-        return places(runs, batch.input_ids.shape[1], batch.input_ids.device)
+        return places(batch.known.runs or runs_of(batch.position_ids), batch.input_ids.shape[1], batch.input_ids.device)
 
     def _loss(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         batch = self.learner.ready(self.batches[int(index)])
-        if prepared(self.stage.llm):
+        if self._end_to_end(batch):
             rows, width = batch.input_ids.shape
             hidden = in_rows(hidden, self._places(batch), (rows, width))
         with self.autocast():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +168,14 @@ def test_evaluation_sees_every_sample_once_in_equal_numbers_of_batches(
     empty = [b for b in batches if not b.num_samples]
     assert all((b.labels == IGNORE_INDEX).all() for b in empty)
     assert len(empty) == (2 if world == 3 else 0)
+
+
+def test_what_is_told_of_positions_is_not_taken_for_other_ones(tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = collate([[Sample((5, 6, 7, 8), (IGNORE_INDEX, 6, 7, 8))]], {}, 0, None)
+    hidden = torch.arange(4.0)[None, :, None]
+    assert batch.supervised(hidden)[1].tolist() == [6, 7, 8] and batch.known is batch
+    assert pickle.loads(pickle.dumps(batch)).known.predicting is not None  # as a worker sends it
+    changed = replace(batch, labels=torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 8]]))
+    vectors, ids = changed.supervised(hidden)
+    assert ids.tolist() == [8] and vectors.flatten().tolist() == [2] and changed.known.runs == ()
+    assert changed.to("cpu").supervised(hidden)[1].tolist() == [8]

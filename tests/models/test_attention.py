@@ -189,9 +189,7 @@ def test_a_model_that_sees_has_the_loss_and_gradients_of_padded_rows_in_packed_o
                                      "intermediate_size": 56, "dropout": 0.0})  # fmt: skip
         one = batch if shape == "padded" else pack(batch, 60)
         if shape == "shared":
-            from dataclasses import replace
-
-            one = replace(batch, runs=((20,), (17,), (15,)), beginning=(5, 6))
+            one = batch.told(runs=((20,), (17,), (15,)), beginning=(5, 6))
         loss = loss_of(model, one)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])

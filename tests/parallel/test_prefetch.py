@@ -77,7 +77,7 @@ def test_on_a_gpu_the_next_batch_is_copied_before_the_present_one_is_worked_on(m
 
 def test_all_tensors_of_a_batch_are_pinned_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
-    batch = Batch(IDS, IDS, IDS, features=torch.zeros(1, 2, 3), lengths=(2,), predicting=torch.zeros(1))
+    batch = Batch(IDS, IDS, IDS, features=torch.zeros(1, 2, 3), lengths=(2,)).told(predicting=torch.zeros(1))
     pinned = batch.pin_memory()
     assert batch.tensors().keys() == pinned.tensors().keys() and len(batch.tensors()) == 5
     assert all(torch.equal(tensor, batch.tensors()[name] + 1) for name, tensor in pinned.tensors().items())
