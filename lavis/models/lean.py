@@ -72,25 +72,29 @@ class _Gated(torch.autograd.Function):
 def _normed(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     if self.weight.requires_grad:
         return type(self).forward(self, hidden_states)
-    normed: torch.Tensor = _Normed.apply(hidden_states, self.weight, self.variance_epsilon)
+    normed: torch.Tensor = _Normed.apply(hidden_states, hidden_states, self.weight, self.variance_epsilon)
     return normed
 
 
 class _Normed(torch.autograd.Function):
-    """Root-mean-square norm with a frozen weight, which keeps its input in the input's own precision."""
+    """Root-mean-square norm with a frozen weight, which keeps its input in the input's own precision.
+
+    It is given its input twice, as autograd sees it used twice: so the two parts of the gradient are added to that of
+    the residual one after the other, and the sum is autograd's to the last bit.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, same: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x32 = x.float()
         scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, scale, weight)
         return weight * (x32 * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
         g = (grads[0] * weight).to(x.dtype).float()
         x32 = x.float()
-        # d/dx of x / rms(x): the part of g along x is taken away
-        along = (g * x32).mean(-1, keepdim=True).mul_(scale.pow(2))
-        return torch.addcmul(g, x32, along, value=-1).mul_(scale).to(x.dtype), None, None
+        by_scale = (g * x32).sum(-1, keepdim=True)
+        by_mean = -0.5 * by_scale * scale.pow(3) / x.shape[-1]
+        return g.mul_(scale).to(x.dtype), (2 * x32).mul_(by_mean).to(x.dtype), None, None

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 LOGITS_CHUNK_BYTES = 128 << 20
-"""Above this many bytes of fp32 logits they are made in chunks, which are recomputed in backward."""
+"""Above this many bytes of fp32 logits they are made in chunks."""
+KEPT_LOGITS_BYTES = 1 << 20
+"""Up to this many bytes of logits autograd may keep them, in the order of whose sums small runs were made before."""
 
 _Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -39,10 +41,13 @@ class Scorer:
         """Of the head's matrix."""
         return self._head.in_features * self._head.out_features
 
-    def gives_gradient(self, hidden: torch.Tensor) -> bool:
-        """Whether the gradient by `hidden` can be made beside the loss: if the head has none itself, its weight is
-        whole here, and the numbers are not so small (fp16's, before the loss is scaled) that they would be lost.
+    def gives_gradient(self, hidden: torch.Tensor, count: int) -> bool:
+        """Whether the gradient by `hidden` of `count` positions is made beside the loss: if there are more than a few
+        logits, the head has none itself, its weight is whole here, and the numbers are not so small (fp16's, before
+        the loss is scaled) that they would be lost.
         """
+        if 4 * count * self._head.out_features <= KEPT_LOGITS_BYTES:
+            return False
         head, device = self._head, hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
@@ -84,7 +89,7 @@ class Scorer:
 
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy against `targets` int64 [n], summed, an fp32 scalar."""
-        if torch.is_grad_enabled() and hidden.requires_grad and self.gives_gradient(hidden):
+        if torch.is_grad_enabled() and hidden.requires_grad and self.gives_gradient(hidden, len(targets)):
             total: torch.Tensor = _SumOfFrozen.apply(hidden, targets, self)
             return total
         sums = self._in_chunks(self._summed, hidden, targets)

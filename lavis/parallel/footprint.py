@@ -310,7 +310,9 @@ def _run(
             if part.is_last:
                 chosen, scorer = torch.zeros(batch.supervised, dtype=torch.long), Scorer(stage.llm)
                 read = out.flatten(0, 1).index_select(0, chosen)
-                if read.requires_grad and scorer.gives_gradient(read):  # a part of backward that comes with the loss
+                if read.requires_grad and scorer.gives_gradient(
+                    read, batch.supervised
+                ):  # a part of backward that comes with the loss
                     gradient_flops = 2 * batch.supervised * scorer.num_weights
                 out = scorer.cross_entropy(read, chosen)
                 del read

@@ -33,15 +33,17 @@ def run(llm, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LEAN)
-def test_outputs_are_transformers_bit_for_bit_and_gradients_equal(name, dtype):
+def test_outputs_and_gradients_are_transformers_bit_for_bit(name, dtype):
     llm = make(name).to(dtype)
     thin = copy.deepcopy(llm)
     lean(thin)
     assert sum("forward" in vars(m) for m in thin.modules()) == LEAN[name]
     (out, gradient, most), (same, close, least) = run(llm, dtype), run(copy.deepcopy(thin), dtype)
     assert torch.equal(out, same) and least < most
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(close, gradient, rtol=tolerance, atol=tolerance * gradient.abs().max().item())
+    if dtype == torch.float32:
+        assert torch.equal(close, gradient)
+    else:
+        torch.testing.assert_close(close, gradient, rtol=3e-2, atol=3e-2 * gradient.abs().max().item())
 
 
 def test_a_trained_norm_gets_its_gradient():

@@ -52,6 +52,11 @@ LLMS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_logits_are_small(monkeypatch):
+    monkeypatch.setattr(scoring, "KEPT_LOGITS_BYTES", 0)
+
+
 def case(name):
     """(LLM, its logits, hidden states, targets) of one row."""
     torch.manual_seed(0)

@@ -59,8 +59,7 @@ def counted(config, precision, batch):
             chosen = torch.arange(BATCH.supervised)
             loss = Scorer(stage.llm).cross_entropy(hidden.flatten(0, 1).index_select(0, chosen), chosen)
             del hidden
-        # a frozen head's gradient, which comes with the loss, is of the backward pass
-        forward = costs.flops - 2 * BATCH.supervised * llm.lm_head.weight.numel() * (config.llm.train != "full")
+        forward = costs.flops
         loss.backward()
         return held, costs.lap(), forward, costs.flops - forward
 
