@@ -221,7 +221,8 @@ def test_a_file_that_is_cut_off_leaves_nothing(
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all below it, ignore it
 from lavis.config.schema import DataEntry
 from lavis.core.registries import DIALECTS
 from lavis.core.types import Conversation, Message

@@ -130,7 +130,8 @@ def test_a_process_that_is_killed_is_an_error_that_says_what_to_do() -> None:
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all below it, ignore it
 from lavis.data.pool import ordered_map
 def work(n):
     time.sleep(30 * (n > 2))
