@@ -118,7 +118,7 @@ class RunData:
         vectors, width = model.connector.encoded(model.tower.span(), model.tower.width())
         size = 4 * vectors * width * sum(int(table.num_tiles.sum()) for table in self._tables)
         room = min(self.recipe.data.cache_features_gib * 2**30, shutil.disk_usage(cache_root()).free / 2)
-        refused = 2 * images > shown * steps * self.plan.global_batch or size > room
+        refused = not images or 2 * images > shown * steps * self.plan.global_batch or size > room
         return not any(self.world.max(refused))
 
     def cache_features(self, model: nn.Module, more: list[str]) -> None:
