@@ -62,7 +62,7 @@ def _sizes(recipe: Recipe) -> Iterator[str]:
         longest = f"the longest sample, model.max_length {model.max_length}"
         yield f"data.pack_length {data.pack_length} is shorter than {longest}: raise the one or lower the other."
     budget: Any = recipe.train.micro_batch_tokens
-    if budget not in ("auto", None) and not (isinstance(budget, int) and budget > 0):
+    if budget not in ("auto", None) and not (type(budget) is int and budget > 0):
         yield f"train.micro_batch_tokens is {budget!r}: give a number of tokens, auto or null."
         return
     budget = None if budget == "auto" else budget

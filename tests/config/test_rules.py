@@ -33,6 +33,7 @@ PROCESSOR = "datasets.llava_instruction.vis_processor"
             ["train.micro_batch_tokens=many"],
             "train.micro_batch_tokens is 'many': give a number of tokens, auto or null",
         ),
+        (["train.micro_batch_tokens=true"], "train.micro_batch_tokens is True: give a number of tokens, auto or null"),
         (["train.micro_batch_tokens=100"], "train.micro_batch_tokens 100 is less than a row of 256 tokens"),
         (["train.micro_batch_tokens=512", "parallel.strategy=zero"], "does not go with parallel.strategy zero"),
         (["optim.name=lionn"], "unknown optimiser 'lionn'. Did you mean 'lion'"),
